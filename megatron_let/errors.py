@@ -1,0 +1,22 @@
+"""Errors with an exit status: what a launcher or a requeue script can act on.
+
+Exit codes of a run: 0 done, 1 crash, 2 bad configuration or input.
+"""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_CRASH = 1
+EXIT_BAD_CONFIGURATION = 2
+
+
+class LetError(Exception):
+    """Base of every error that ends a run with a message instead of a traceback."""
+
+    exit_code = EXIT_CRASH
+
+
+class ConfigError(LetError):
+    """The user's mistake: one line that says what was given, what is allowed and what to do."""
+
+    exit_code = EXIT_BAD_CONFIGURATION

@@ -1,0 +1,25 @@
+"""The only place that looks for optional packages; everything else asks here once, while building."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+
+def has_transformer_engine() -> bool:
+    """Return whether Transformer Engine's PyTorch layers can be imported (extra `[gpu]`)."""
+    return find_spec("transformer_engine") is not None and find_spec("transformer_engine.pytorch") is not None
+
+
+def has_apex() -> bool:
+    """Return whether NVIDIA apex (the one with fused kernels, not PyPI's namesake) is installed."""
+    return find_spec("apex") is not None and find_spec("apex.multi_tensor_apply") is not None
+
+
+def has_tensorboard() -> bool:
+    """Return whether TensorBoard's event writer can be used."""
+    return find_spec("tensorboard") is not None
+
+
+def has_wandb() -> bool:
+    """Return whether the Weights & Biases client is installed."""
+    return find_spec("wandb") is not None

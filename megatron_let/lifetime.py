@@ -1,0 +1,55 @@
+"""The lifetime of a started worker: it never outlives the one that started it, whatever ended that one.
+
+Only Linux can promise this to a worker that hangs in a collective (a signal from the kernel); elsewhere the
+functions do nothing and a launcher that is killed with SIGKILL leaves its workers to the communication timeout.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+LAUNCHER_PID_VARIABLE = "MEGATRON_LET_LAUNCHER_PID"
+ELASTIC_RUN_VARIABLE = "TORCHELASTIC_RUN_ID"
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent_pid: int | None = None) -> None:
+    """Have the kernel kill this worker when its parent ends; exit at once when the parent is gone already.
+
+    `parent_pid` is the expected parent, when known. The signal is SIGKILL: a worker that waits in a collective
+    for a peer that is gone would not get to run a Python handler of a gentler one.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    expected = os.getppid() if parent_pid is None else parent_pid
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != expected:  # the parent ended between its start of this worker and the call above
+        os._exit(128 + signal.SIGKILL)
+
+
+def die_with_launcher() -> None:
+    """Tie this worker to the launcher that started it; do nothing when no launcher did.
+
+    A run started from a shell by hand must survive that shell (`nohup`), so a parent counts only when
+    `python -m megatron_let.launch` or torchrun left its mark in the environment.
+    """
+    if ELASTIC_RUN_VARIABLE not in os.environ:
+        return
+    launcher = os.environ.get(LAUNCHER_PID_VARIABLE)
+    if launcher is not None and not _is_alive(int(launcher)):
+        os._exit(128 + signal.SIGKILL)
+    die_with_parent()
+
+
+def _is_alive(pid: int) -> bool:
+    """Return whether a running program has this id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,1 @@
+"""Test kit, shipped with the package and imported by nothing of it."""

@@ -1,0 +1,237 @@
+"""Run a function on N gloo ranks, with the worker programs reused from case to case.
+
+Starting an interpreter and importing torch costs seconds, a case milliseconds, so the workers of a `RankPool`
+are started once, when first needed, and each case makes and destroys its own process group:
+
+    with RankPool(max_world_size=4) as pool:
+        losses = pool.run(2, train_a_few_steps, settings)  # one result a rank
+
+The function and its arguments travel by pickle: the function must be importable by name. Inside it `RANK`,
+`LOCAL_RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` are set as under torchrun, and the gloo process group
+is there. After any failure the whole pool is killed and the next case starts a fresh one.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import connection as mp_connection
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from megatron_let.testing.worker import Case, serve
+
+Result = TypeVar("Result")
+
+DEFAULT_TIMEOUT = 120.0
+# Once a rank has failed, its peers get this long to report their own end: enough for a "connection closed" to
+# arrive, short beside a hang.
+FAILURE_GRACE = 2.0
+_SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+class RankError(AssertionError):
+    """A case failed on at least one rank; the message holds the traceback of each rank that failed."""
+
+
+class RankTimeoutError(RankError):
+    """A case did not end in time; the message holds where each rank stood."""
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """One started worker: its program, our end of the pipe, and the file it dumps its stacks to."""
+
+    program: BaseProcess
+    pipe: mp_connection.Connection
+    stack_file: Path
+
+
+class RankPool:
+    """Up to `max_world_size` worker programs that run cases as the ranks of a gloo process group."""
+
+    def __init__(
+        self,
+        max_world_size: int = 4,
+        *,
+        environment: Mapping[str, str] | None = None,
+        after_each: Callable[[], None] | None = None,
+    ) -> None:
+        """Make an empty pool; workers start when a case needs them.
+
+        `environment` is added to that of the workers; `after_each` runs on every rank after each case, with the
+        process group still there, to take down what the case left (model-parallel state).
+        """
+        self.max_world_size = max_world_size
+        self._environment = {**_SINGLE_THREAD, **(environment or {})}
+        self._after_each = after_each
+        self._workers: list[_Worker] = []
+        self._directory = tempfile.TemporaryDirectory(prefix="rank_pool_")
+        # Runs before multiprocessing's own exit hook, which would wait for the workers for ever.
+        self._finalizer = weakref.finalize(self, _kill, self._workers)
+
+    def __enter__(self) -> RankPool:
+        """Return the pool itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the pool."""
+        self.close()
+
+    def run(
+        self,
+        world_size: int,
+        function: Callable[..., Result],
+        *args: Any,
+        timeout: float = DEFAULT_TIMEOUT,
+        init_process_group: bool = True,
+    ) -> list[Result]:
+        """Call `function(*args)` on each of `world_size` ranks and return the results in rank order.
+
+        With `init_process_group=False` the function finds only the environment and makes its own process group.
+        Raises `RankError` when a rank raises or dies, `RankTimeoutError` after `timeout` seconds; either way no
+        rank is left hanging.
+        """
+        if not 1 <= world_size <= self.max_world_size:
+            raise ValueError(f"world_size {world_size} is outside 1..{self.max_world_size}, the size of this pool")
+        self._start(world_size)
+        call = pickle.dumps((function, args, self._after_each))
+        workers = self._workers[:world_size]
+        with tempfile.TemporaryDirectory(dir=self._directory.name) as directory:
+            port = _free_port()
+            for rank, worker in enumerate(workers):
+                case = Case(
+                    call=call,
+                    rank=rank,
+                    world_size=world_size,
+                    port=port,
+                    store_file=str(Path(directory, "store")) if init_process_group else None,
+                    import_path=tuple(sys.path),
+                    directory=os.getcwd(),
+                    timeout=timeout,
+                )
+                worker.pipe.send_bytes(pickle.dumps(case))
+            outcomes, is_late = _collect(workers, timeout)
+        return self._results(outcomes, is_late=is_late, timeout=timeout)
+
+    def pids(self) -> list[int]:
+        """Return the ids of the workers that run now, in rank order."""
+        return [worker.program.pid for worker in self._workers if worker.program.pid is not None]
+
+    def close(self) -> None:
+        """End all workers; a later case starts new ones."""
+        _kill(self._workers)
+
+    def _results(
+        self, outcomes: Mapping[int, tuple[bool, Any]], *, is_late: bool, timeout: float
+    ) -> list[Any]:
+        """Return the ranks' values, or drop the workers and raise what went wrong, first failure first."""
+        failures = [(rank, text) for rank, (is_good, text) in outcomes.items() if not is_good]
+        if not failures:
+            return [outcomes[rank][1] for rank in range(len(outcomes))]
+        self.close()
+        message = "\n".join(f"--- rank {rank} of {len(outcomes)}\n{text}" for rank, text in failures)
+        if is_late:
+            raise RankTimeoutError(f"not done after {timeout:g} s\n{message}")
+        raise RankError(f"failed, first failure first\n{message}")
+
+    def _start(self, count: int) -> None:
+        """Have `count` workers running; start from nothing when one of the present ones has ended."""
+        if any(not worker.program.is_alive() for worker in self._workers):
+            self.close()
+        context = get_context("spawn")
+        while len(self._workers) < count:
+            ours, theirs = context.Pipe()
+            stack_file = Path(self._directory.name, f"stacks_{len(self._workers)}.txt")
+            # Not a daemon in multiprocessing's sense: those may not start writers of checkpoints or of data.
+            program = context.Process(target=serve, args=(theirs, os.getpid(), str(stack_file)), daemon=False)
+            with _environment(self._environment):  # OpenMP reads its setting when torch is imported
+                program.start()
+            theirs.close()
+            self._workers.append(_Worker(program, ours, stack_file))
+
+
+def _collect(workers: Sequence[_Worker], timeout: float) -> tuple[dict[int, tuple[bool, Any]], bool]:
+    """Wait for every rank's (is good, value or text), in order of arrival; return them and whether time ran out."""
+    outcomes: dict[int, tuple[bool, Any]] = {}
+    deadline = time.monotonic() + timeout
+    is_late = False
+    while len(outcomes) < len(workers):
+        pending = {rank: worker for rank, worker in enumerate(workers) if rank not in outcomes}
+        handles = [handle for worker in pending.values() for handle in (worker.pipe, worker.program.sentinel)]
+        ready = mp_connection.wait(handles, max(0.0, deadline - time.monotonic()))
+        if not ready:
+            is_late = all(is_good for is_good, _ in outcomes.values())
+            outcomes.update({rank: (False, _stuck(worker)) for rank, worker in pending.items()})
+            break
+        for rank, worker in pending.items():
+            if worker.pipe in ready or worker.program.sentinel in ready:
+                outcomes[rank] = _receive(worker)
+                if not outcomes[rank][0]:
+                    deadline = min(deadline, time.monotonic() + FAILURE_GRACE)
+    return outcomes, is_late
+
+
+def _receive(worker: _Worker) -> tuple[bool, Any]:
+    """Read one rank's outcome; a worker that died without one has failed."""
+    try:
+        is_good, value = pickle.loads(worker.pipe.recv_bytes())
+    except (EOFError, OSError):
+        worker.program.join(1.0)
+        return False, f"the worker died with exit code {worker.program.exitcode}"
+    return is_good, value
+
+
+def _stuck(worker: _Worker) -> str:
+    """Ask a worker that does not answer for its stacks, and say where it stands."""
+    if worker.program.pid is None or not hasattr(signal, "SIGUSR1"):
+        return "did not end"
+    os.kill(worker.program.pid, signal.SIGUSR1)
+    time.sleep(0.2)
+    return f"did not end; it stood at\n{worker.stack_file.read_text() if worker.stack_file.exists() else ''}"
+
+
+def _kill(workers: list[_Worker]) -> None:
+    """End these workers at once and forget them."""
+    for worker in workers:
+        worker.pipe.close()
+        worker.program.kill()
+    for worker in workers:
+        worker.program.join()
+    workers.clear()
+
+
+def _free_port() -> int:
+    """Return a TCP port of this machine that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the duration of a block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,1 @@
+"""Everything that touches megatron-core: the only package of this project that imports it."""

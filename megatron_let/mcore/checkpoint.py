@@ -1,0 +1,155 @@
+"""What a checkpoint holds, written and read through megatron-core's torch_dist format on any parallel layout.
+
+Where checkpoints live and which one is whole is decided in `training/checkpoint_files.py`.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from megatron_let.errors import ConfigError
+from megatron_let.mcore.model import Student
+from megatron_let.mcore.parallel import ParallelContext
+
+# Keys of the small, unsharded part; Megatron-LM uses the first two likewise.
+ITERATION = "iteration"
+SCHEDULER = "opt_param_scheduler"
+RUN = "megatron_let"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything trainable that a checkpoint covers; None leaves a part out."""
+
+    student: Student
+    optimizer: MegatronOptimizer | None
+    scheduler: OptimizerParamScheduler | None
+    with_rng: bool
+
+
+def save_content(directory: Path, parts: Parts, context: ParallelContext, *, iteration: int, run: dict[str, Any]) -> None:
+    """Write `parts` and the plain values `run` into the existing empty `directory`; every rank calls this."""
+    metadata = _metadata(context)
+    state = _sharded_parts(parts, context, metadata, is_loading=False)
+    state[ITERATION] = iteration
+    state[RUN] = run
+    if parts.scheduler is not None:
+        state[SCHEDULER] = parts.scheduler.state_dict()
+    strategy = FullyParallelSaveStrategyWrapper(
+        get_default_save_sharded_strategy("torch_dist"), context.groups.dp_cp, do_cache_distribution=False
+    )
+    dist_checkpointing.save(state, str(directory), strategy, content_metadata=_plain(metadata))
+
+
+def load_common(directory: Path) -> dict[str, Any]:
+    """Return the small unsharded part of a checkpoint: iteration, scheduler state and the `run` values."""
+    return dict(dist_checkpointing.load_common_state_dict(str(directory)))
+
+
+def load_content(directory: Path, parts: Parts, context: ParallelContext) -> None:
+    """Load `parts` from a checkpoint that may have been written on another layout; every rank calls this.
+
+    The scheduler is not touched: its rules for changed settings live with the trainer. RNG states are per layout:
+    they load only when tensor and pipeline sizes are those of the checkpoint (the caller asks for them then).
+
+    Raises:
+        ConfigError: the checkpoint does not fit the model.
+    """
+    metadata = _metadata(context)
+    wanted = _sharded_parts(parts, context, metadata, is_loading=True)
+    strategy = FullyParallelLoadStrategyWrapper(
+        get_default_load_sharded_strategy(str(directory)), context.groups.dp_cp
+    )
+    try:
+        loaded = dist_checkpointing.load(wanted, str(directory), strategy)
+    except (dist_checkpointing.mapping.CheckpointingException, ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(f"checkpoint {directory} does not fit this model: {_first_line(error)}") from error
+    chunks = parts.student.gpt_chunks
+    for name, chunk in zip(_model_keys(len(chunks)), chunks, strict=True):
+        chunk.load_state_dict(loaded[name])
+    if parts.optimizer is not None:
+        parts.optimizer.load_state_dict(loaded["optimizer"])
+    if parts.with_rng:
+        _set_rng_state(loaded["rng_state"][0])
+
+
+def _sharded_parts(
+    parts: Parts, context: ParallelContext, metadata: dict[str, Any], *, is_loading: bool
+) -> dict[str, Any]:
+    chunks = parts.student.gpt_chunks
+    state: dict[str, Any] = {
+        name: chunk.sharded_state_dict(metadata=metadata)
+        for name, chunk in zip(_model_keys(len(chunks)), chunks, strict=True)
+    }
+    if parts.optimizer is not None:
+        state["optimizer"] = parts.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    if parts.with_rng:
+        state["rng_state"] = ShardedObject(
+            "rng_state",
+            [_rng_state()],
+            (context.pp_size, context.tp_size),
+            (context.pp_rank, context.tp_rank),
+            replica_id=context.dp_rank * context.cp_size + context.cp_rank,
+        )
+    return state
+
+
+def _model_keys(num_chunks: int) -> list[str]:
+    return ["model"] if num_chunks == 1 else [f"model{index}" for index in range(num_chunks)]
+
+
+def _metadata(context: ParallelContext) -> dict[str, Any]:
+    return {
+        # The one optimizer format that loads on any tensor-, pipeline- and data-parallel size.
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": context.groups.dp_cp,
+    }
+
+
+def _plain(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metadata.items() if key != "dp_cp_group"}
+
+
+def _rng_state() -> dict[str, Any]:
+    return {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": torch.cuda.get_rng_state(),
+        "rng_tracker_states": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["random_rng_state"])
+    np.random.set_state(state["np_rng_state"])
+    torch.set_rng_state(state["torch_rng_state"])
+    torch.cuda.set_rng_state(state["cuda_rng_state"])
+    get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

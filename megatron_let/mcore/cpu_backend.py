@@ -1,0 +1,82 @@
+"""Run megatron-core on CPU with gloo: what its `device="cuda"` calls mean on a machine without a GPU.
+
+megatron-core names the CUDA device when it allocates buffers, reads RNG state or compares tensor type strings.
+On CPU those calls are answered by their CPU counterparts while `cpu_backend()` is active. Never imported where a
+GPU is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+# Megatron's optimizer and gradient clipping recognise supported parameters by these strings.
+CUDA_TYPE_NAMES = {
+    "torch.FloatTensor": "torch.cuda.FloatTensor",
+    "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+    "torch.HalfTensor": "torch.cuda.HalfTensor",
+}
+
+
+class _CudaCallsOnCpu(TorchFunctionMode):
+    """Answer tensor calls that name the CUDA device with the CPU."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if kwargs:
+            device = kwargs.get("device")
+            if device is not None and torch.device(device).type == "cuda":
+                kwargs = {**kwargs, "device": "cpu"}
+            return func(*args, **kwargs)
+        if func is torch.Tensor.type and len(args) == 1:
+            name = func(*args)
+            return CUDA_TYPE_NAMES.get(name, name)
+        return func(*args)
+
+
+def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+    torch.set_rng_state(state)
+
+
+def _get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _do_nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+@contextmanager
+def cpu_backend() -> Iterator[None]:
+    """Make megatron-core run on CPU inside the context; everything is put back on leaving it.
+
+    Raises:
+        RuntimeError: a GPU is present, where this module has no business.
+    """
+    if torch.cuda.is_available():
+        raise RuntimeError("the CPU backend was entered on a machine with a GPU")
+    import megatron.core.tensor_parallel.random as mcore_random
+
+    replacements: list[tuple[Any, str, Any]] = [
+        (torch.cuda, "current_device", lambda: torch.device("cpu")),
+        (torch.cuda, "get_rng_state", _get_rng_state),
+        (torch.cuda.random, "get_rng_state", _get_rng_state),
+        (torch.cuda, "set_rng_state", _set_rng_state),
+        (torch.cuda.random, "set_rng_state", _set_rng_state),
+        (torch.cuda, "manual_seed", lambda seed: torch.manual_seed(seed)),
+        (torch.cuda, "synchronize", _do_nothing),
+        (mcore_random, "_set_cuda_rng_state", _set_rng_state),
+    ]
+    with ExitStack() as stack:
+        for owner, name, value in replacements:
+            stack.enter_context(patch.object(owner, name, value))
+        stack.enter_context(_CudaCallsOnCpu())
+        yield

@@ -1,0 +1,80 @@
+"""Megatron's optimizer and learning-rate scheduler, from our settings."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import get_standard_config_overrides
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_let.config.run_config import RunConfig
+from megatron_let.mcore.model import Student
+from megatron_let.mcore.transformer_config import compute_dtype
+
+
+def build_optimizer(config: RunConfig, student: Student) -> MegatronOptimizer:
+    """Build the optimizer over this rank's chunks and tie it to the pipeline schedule (loss scale, gradient sync)."""
+    core = OptimizerConfig(**{**dataclasses.asdict(config.optimizer), "params_dtype": compute_dtype(config)})
+    optimizer = get_megatron_optimizer(
+        core,
+        student.chunks,
+        config_overrides=get_standard_config_overrides(config=core),
+        use_gloo_process_groups=False,
+    )
+    student.core_config.grad_scale_func = optimizer.scale_loss
+    student.core_config.finalize_model_grads_func = finalize_model_grads
+    _tie_overlapped_communication(config, student)
+    return optimizer
+
+
+def _tie_overlapped_communication(config: RunConfig, student: Student) -> None:
+    core, chunks = student.core_config, student.chunks
+    if config.ddp.overlap_grad_reduce:
+        syncs = [chunk.no_sync for chunk in chunks]
+        core.no_sync_func = syncs[0] if len(syncs) == 1 else syncs
+        if config.ddp.align_param_gather or len(chunks) > 1:
+            starts = [chunk.start_grad_sync for chunk in chunks]
+            core.grad_sync_func = starts[0] if len(starts) == 1 else starts
+    if config.ddp.overlap_param_gather and config.ddp.align_param_gather:
+        gathers = [chunk.start_param_sync for chunk in chunks]
+        core.param_sync_func = gathers[0] if len(gathers) == 1 else gathers
+
+
+def build_lr_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Build Megatron's scheduler; it counts samples, so ramp-up and iterations mean the same schedule.
+
+    `--lr-warmup-fraction` is a fraction of the decay length.
+    """
+    schedule, batch = config.schedule, config.training.global_batch_size
+    if config.training.train_iters is not None:
+        total = config.training.train_iters * batch
+        decay = (schedule.lr_decay_iters or config.training.train_iters) * batch
+        warmup: float = schedule.lr_warmup_iters * batch
+        wsd = None if schedule.lr_wsd_decay_iters is None else schedule.lr_wsd_decay_iters * batch
+    else:
+        assert config.training.train_samples is not None, "validated: iterations or samples"
+        total = config.training.train_samples
+        decay = schedule.lr_decay_samples or total
+        warmup = schedule.lr_warmup_samples
+        wsd = schedule.lr_wsd_decay_samples
+    if schedule.lr_warmup_fraction is not None:
+        warmup = schedule.lr_warmup_fraction * decay
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=schedule.lr_warmup_init,
+        max_lr=config.optimizer.lr,
+        min_lr=config.optimizer.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=decay,
+        lr_decay_style=schedule.lr_decay_style,
+        start_wd=schedule.start_weight_decay,
+        end_wd=schedule.end_weight_decay,
+        wd_incr_steps=total,
+        wd_incr_style=schedule.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=schedule.use_checkpoint_opt_param_scheduler,
+        override_opt_param_scheduler=schedule.override_opt_param_scheduler,
+        wsd_decay_steps=wsd,
+        lr_wsd_decay_style=schedule.lr_wsd_decay_style,
+    )

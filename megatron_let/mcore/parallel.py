@@ -1,0 +1,183 @@
+"""Process groups, ranks and seeds of a run, as one frozen object."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_let.config.run_config import RunConfig
+from megatron_let.errors import ConfigError, LetError
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Where this process stands: rank and size along every parallel dimension, and the groups themselves."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    cp_rank: int
+    cp_size: int
+    dp_rank: int
+    dp_size: int
+    vp_size: int | None
+    device: torch.device
+    groups: ProcessGroupCollection
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Return whether tensors of this run live on a GPU."""
+        return self.device.type == "cuda"
+
+    @property
+    def is_last_rank(self) -> bool:
+        """Return whether this rank speaks for the run (it holds the loss: last pipeline stage)."""
+        return self.rank == self.world_size - 1
+
+    def is_first_chunk(self, vp_stage: int | None) -> bool:
+        """Return whether model chunk `vp_stage` of this rank holds the embedding."""
+        return self.pp_rank == 0 and (vp_stage or 0) == 0
+
+    def is_last_chunk(self, vp_stage: int | None) -> bool:
+        """Return whether model chunk `vp_stage` of this rank holds the LM head."""
+        return self.pp_rank == self.pp_size - 1 and (vp_stage is None or vp_stage == (self.vp_size or 1) - 1)
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` in place over every rank of the run."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def any_rank(self, flag: bool) -> bool:
+        """Return whether `flag` is set on at least one rank; every rank must call this."""
+        vote = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+        return bool(vote.item())
+
+    def raise_together(self, error: LetError | None) -> None:
+        """Raise on every rank the first error that any rank brings; every rank must call this.
+
+        Raises:
+            LetError: the error of the lowest rank that has one, with its exit code.
+        """
+        brought: list[tuple[str, bool] | None] = [None] * self.world_size
+        mine = None if error is None else (str(error), isinstance(error, ConfigError))
+        dist.all_gather_object(brought, mine)
+        for first in brought:
+            if first is not None:
+                raise ConfigError(first[0]) if first[1] else LetError(first[0])
+
+
+def choose_backend(config: RunConfig) -> str:
+    """Return `nccl` on a machine with a GPU, `gloo` without one, or what `--distributed-backend` asks for.
+
+    Raises:
+        ConfigError: NCCL was asked for on a machine without a GPU, or gloo on one with a GPU.
+    """
+    has_gpu = torch.cuda.is_available()
+    backend = config.parallel.distributed_backend or ("nccl" if has_gpu else "gloo")
+    if backend == "nccl" and not has_gpu:
+        raise ConfigError("--distributed-backend nccl needs a GPU and none is visible; use gloo to run on CPU")
+    if backend == "gloo" and has_gpu:
+        raise ConfigError("--distributed-backend gloo is the CPU backend; on a GPU use nccl (hide the GPU to run on CPU)")
+    return str(backend)
+
+
+@contextmanager
+def parallel_context(config: RunConfig) -> Iterator[ParallelContext]:
+    """Join the process group torchrun describes, lay out the model-parallel groups, seed, and clean up on leaving.
+
+    A process group that exists already (tests) is used and left as it is.
+    """
+    backend = choose_backend(config)
+    with ExitStack() as stack:
+        if backend == "gloo":
+            from megatron_let.mcore.cpu_backend import cpu_backend
+
+            stack.enter_context(cpu_backend())
+        device = _select_device(backend)
+        if not dist.is_initialized():
+            stack.enter_context(_process_group(backend, config.parallel.distributed_timeout_minutes))
+        stack.enter_context(_model_parallel_groups(config))
+        seed_everything(config)
+        yield _describe(config, device)
+
+
+def seed_everything(config: RunConfig) -> None:
+    """Seed Python, NumPy, torch and Megatron's tensor-parallel RNG tracker by Megatron's rule."""
+    seed = config.training.seed + 100 * mpu.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def _select_device(backend: str) -> torch.device:
+    if backend == "gloo":
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def _process_group(backend: str, timeout_minutes: int) -> Iterator[None]:
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    options: dict[str, Any] = {}
+    if missing == ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]:
+        # Started without a launcher: one process, its own store.
+        options = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    elif missing:
+        raise ConfigError(f"the launcher set only part of its environment ({', '.join(missing)} missing); use torchrun")
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **options)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _model_parallel_groups(config: RunConfig) -> Iterator[None]:
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=config.transformer.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.transformer.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.transformer.virtual_pipeline_model_parallel_size,
+        context_parallel_size=config.transformer.context_parallel_size,
+        create_gloo_process_groups=False,
+    )
+    try:
+        yield
+    finally:
+        mpu.destroy_model_parallel()
+
+
+def _describe(config: RunConfig, device: torch.device) -> ParallelContext:
+    return ParallelContext(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        tp_size=mpu.get_tensor_model_parallel_world_size(),
+        pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        pp_size=mpu.get_pipeline_model_parallel_world_size(),
+        cp_rank=mpu.get_context_parallel_rank(),
+        cp_size=mpu.get_context_parallel_world_size(),
+        dp_rank=mpu.get_data_parallel_rank(),
+        dp_size=mpu.get_data_parallel_world_size(),
+        vp_size=config.transformer.virtual_pipeline_model_parallel_size,
+        device=device,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+    )

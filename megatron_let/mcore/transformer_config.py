@@ -1,0 +1,104 @@
+"""From our settings to megatron-core's TransformerConfig."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import squared_relu
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_let.config.run_config import RunConfig
+from megatron_let.errors import ConfigError
+from megatron_let.optional import has_apex, has_transformer_engine
+
+# Kernel fusions a user may leave open (None): on where the kernels exist.
+_FUSIONS = (
+    "gradient_accumulation_fusion",
+    "masked_softmax_fusion",
+    "bias_dropout_fusion",
+    "apply_rope_fusion",
+    "persist_layer_norm",
+    "bias_activation_fusion",
+)
+
+
+def compute_dtype(config: RunConfig) -> torch.dtype:
+    """Return the type activations and model weights are kept in: bf16, fp16 or fp32."""
+    if config.transformer.bf16:
+        return torch.bfloat16
+    return torch.float16 if config.transformer.fp16 else torch.float32
+
+
+def uses_transformer_engine(config: RunConfig, *, is_on_gpu: bool) -> bool:
+    """Return whether the student is built from Transformer Engine's layers.
+
+    Raises:
+        ConfigError: they were asked for by name and cannot be had.
+    """
+    wanted = config.model.transformer_impl
+    if wanted == "transformer_engine" and not (is_on_gpu and has_transformer_engine()):
+        raise ConfigError("--transformer-impl transformer_engine needs a GPU and Transformer Engine; use local or auto")
+    return wanted != "local" and is_on_gpu and has_transformer_engine()
+
+
+def build_transformer_config(config: RunConfig, *, is_on_gpu: bool) -> TransformerConfig:
+    """Build megatron-core's TransformerConfig for this run.
+
+    Raises:
+        ConfigError: megatron-core refuses the combination; its own reason is quoted.
+    """
+    values: dict[str, Any] = dataclasses.asdict(config.transformer)
+    values.update(_activation(config))
+    dtype = compute_dtype(config)
+    has_virtual_stages = config.transformer.virtual_pipeline_model_parallel_size is not None
+    values.update(
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        deallocate_pipeline_outputs=True,
+        # Batched p2p mixes up the messages of virtual stages between the same two ranks.
+        overlap_p2p_comm=has_virtual_stages,
+        batch_p2p_comm=not has_virtual_stages,
+        use_cpu_initialization=values["use_cpu_initialization"] or not is_on_gpu,
+    )
+    values.update(_resolve_fusions(config, values, is_on_gpu=is_on_gpu))
+    if values["recompute_modules"] is not None:
+        values["recompute_modules"] = list(values["recompute_modules"])
+    try:
+        return TransformerConfig(**values)
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"megatron-core refuses these settings: {' '.join(str(error).split())}") from error
+
+
+def _activation(config: RunConfig) -> dict[str, Any]:
+    if config.model.swiglu:
+        fusion = config.model.bias_swiglu_fusion
+        return {"activation_func": F.silu, "gated_linear_unit": True, "bias_activation_fusion": fusion}
+    if config.model.squared_relu:
+        return {"activation_func": squared_relu, "gated_linear_unit": False, "bias_activation_fusion": False}
+    fusion = config.model.bias_gelu_fusion
+    return {"activation_func": F.gelu, "gated_linear_unit": False, "bias_activation_fusion": fusion}
+
+
+def _resolve_fusions(config: RunConfig, values: dict[str, Any], *, is_on_gpu: bool) -> dict[str, bool]:
+    """Return each fusion as asked for or, left open, on where its kernel exists.
+
+    Raises:
+        ConfigError: a fused kernel was asked for by name and is absent.
+    """
+    has_te_layers = uses_transformer_engine(config, is_on_gpu=is_on_gpu)
+    available = {
+        "gradient_accumulation_fusion": is_on_gpu and (has_apex() or has_transformer_engine()),
+        "masked_softmax_fusion": is_on_gpu and has_te_layers,
+        "bias_dropout_fusion": is_on_gpu,
+        "apply_rope_fusion": is_on_gpu and has_transformer_engine(),
+        "persist_layer_norm": is_on_gpu and has_te_layers,
+        # Fused bias + GELU is the tanh approximation; plain GELU is the exact one.
+        "bias_activation_fusion": is_on_gpu and config.model.swiglu,
+    }
+    for name in _FUSIONS:
+        if values[name] and not available[name] and name != "bias_activation_fusion":
+            raise ConfigError(f"{name.replace('_', ' ')} was asked for by name, but its kernel is not installed here")
+    return {name: available[name] if values[name] is None else values[name] for name in _FUSIONS}

@@ -1,0 +1,1 @@
+"""The training program: what is built, the loop, what is logged and saved."""

@@ -1,0 +1,151 @@
+"""LET during a run: joins the teacher (`let/`) to layer k of the student (`mcore/`) on the stage that owns it."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+
+import torch
+
+from megatron_let.let import (
+    AlignmentObjective,
+    AlignmentSums,
+    AlignmentTarget,
+    Teacher,
+    add_alignment_gradient,
+    segment_states,
+)
+from megatron_let.mcore.batch import Microbatch, context_parallel_slice, sequence_parallel_slice
+from megatron_let.mcore.layer_tap import LayerTap, find_layer
+from megatron_let.mcore.model import Student
+from megatron_let.mcore.parallel import ParallelContext
+
+
+@dataclass(frozen=True)
+class AlignmentReport:
+    """LET's numbers over a logging interval, token-weighted; `loss` is not multiplied by the weight."""
+
+    loss: float
+    cosine: float
+    centred_cosine: float
+
+
+class Alignment:
+    """The teacher, the tap on layer k and the sums for the log.
+
+    Every rank has one; only the ranks of the owner stage hold a teacher and a tap. The teacher is un-sharded: each
+    rank runs it on its whole microbatch and keeps the slice of the states that belongs to its slice of layer k.
+    """
+
+    def __init__(
+        self,
+        objective: AlignmentObjective,
+        student: Student,
+        context: ParallelContext,
+        teacher: Teacher | None,
+        *,
+        is_sequence_parallel: bool,
+        calculate_per_token_loss: bool,
+    ) -> None:
+        self.objective = objective
+        self.teacher = teacher
+        self._context = context
+        self._is_sequence_parallel = is_sequence_parallel
+        self._calculate_per_token_loss = calculate_per_token_loss
+        self._width = student.core_config.hidden_size
+        self._sums = self._no_tokens()
+        self._iteration = 0
+        self._num_microbatches = 1
+        self._loss_scale: float | torch.Tensor = 1.0
+        self._is_training = False
+        owner = find_layer(student.gpt_chunks, objective.student_layer)
+        self.owner_chunk = None if owner is None else owner[0]
+        self._tap: LayerTap[AlignmentTarget] | None = None
+        if owner is not None:
+            self._tap = LayerTap(owner[1], add_alignment_gradient)
+        assert (owner is None) == (teacher is None), "the teacher is built on the owner stage, and only there"
+
+    @property
+    def is_released(self) -> bool:
+        """Return whether the teacher is gone for good."""
+        return self._tap is None and self.owner_chunk is not None
+
+    def begin_iteration(
+        self, completed_iterations: int, *, num_microbatches: int, loss_scale: float | torch.Tensor
+    ) -> None:
+        """Fix what is constant over the microbatches of an iteration: the weight, their number, the loss scale."""
+        self._iteration = completed_iterations
+        self._num_microbatches = num_microbatches
+        self._loss_scale = loss_scale
+        self._is_training = self.objective.schedule.is_active_at(completed_iterations)
+
+    def end_iteration(self) -> None:
+        """Check that every microbatch met its gradient, and let evaluation pass untouched."""
+        self._is_training = False
+        if self._tap is not None:
+            self._tap.check_drained()
+
+    def prepare(self, chunk: int, batch: Microbatch | None) -> None:
+        """Run the teacher for the microbatch whose forward through model chunk `chunk` comes next.
+
+        Does nothing on other chunks, in evaluation, and where the weight is zero.
+        """
+        if not self._is_training or chunk != self.owner_chunk or self._tap is None:
+            return
+        assert batch is not None, "the stage that owns layer k reads the data"
+        assert self.teacher is not None, "the owner stage holds the teacher"
+        states = segment_states(self.teacher, batch.full_tokens, batch.document_starts)  # [b, s, d_t]
+        self._tap.push(self._target(batch, states))
+
+    def _target(self, batch: Microbatch, states: torch.Tensor) -> AlignmentTarget:
+        context = self._context
+        states = context_parallel_slice(states, dim=1, rank=context.cp_rank, size=context.cp_size)
+        states, mask = states.transpose(0, 1), batch.loss_mask.transpose(0, 1)  # [s/cp, b, d_t], [s/cp, b]
+        if self._is_sequence_parallel:
+            states, mask = (
+                sequence_parallel_slice(x, dim=0, rank=context.tp_rank, size=context.tp_size)
+                for x in (states, mask)
+            )
+        return AlignmentTarget(
+            states=states,
+            mask=mask,
+            gradient_scale=self.objective.gradient_scale(
+                self._iteration,
+                loss_scale=self._loss_scale,
+                num_tokens=batch.loss_mask.sum(),
+                num_microbatches=self._num_microbatches,
+                calculate_per_token_loss=self._calculate_per_token_loss,
+            ),
+            record=self._record,
+            loss=self.objective.loss,
+        )
+
+    def _record(self, sums: AlignmentSums) -> None:
+        self._sums = self._sums + sums
+
+    def collect(self) -> AlignmentReport | None:
+        """Return the numbers since the last call and start anew; every rank must call this.
+
+        One all-reduce of 5 + 2 h numbers. Without sequence parallel all tensor-parallel ranks saw the same tokens,
+        so only the first of them counts. None when no token was aligned.
+        """
+        counts = self._is_sequence_parallel or self._context.tp_rank == 0
+        vector = (self._sums if counts else self._no_tokens()).to_vector()
+        self._sums = self._no_tokens()
+        total = AlignmentSums.from_vector(self._context.all_reduce_sum(vector))
+        if float(total.count) == 0.0:
+            return None
+        return AlignmentReport(float(total.loss()), float(total.cosine()), float(total.centred_cosine()))
+
+    def release(self) -> None:
+        """Take the hook off layer k, drop the teacher and give its memory back."""
+        if self._tap is not None:
+            self._tap.remove()
+        self._tap = None
+        self.teacher = None
+        gc.collect()
+        if self._context.is_on_gpu:
+            torch.cuda.empty_cache()
+
+    def _no_tokens(self) -> AlignmentSums:
+        return AlignmentSums.zeros(self._width, device=self._context.device)

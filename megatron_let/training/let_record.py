@@ -1,0 +1,88 @@
+"""What LET is in a run, as the checkpoint remembers it, and what may change on resume."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_let.config.let import LetConfig
+from megatron_let.errors import ConfigError
+
+# Files of a teacher directory that decide what it computes.
+_IDENTITY_SUFFIXES = (".safetensors", ".distcp", ".pt", ".json", ".metadata")
+_SAMPLE = 1 << 16
+_SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class LetRecord:
+    """LET's settings with every default resolved; S_stop is an absolute iteration."""
+
+    student_layer: int
+    teacher_layer: int | None
+    weight: float
+    stop_iteration: int
+    stop_fraction: float | None
+    loss: str
+    projection: str
+    teacher_identity: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for the checkpoint."""
+        return asdict(self)
+
+
+def teacher_identity(directory: Path) -> str:
+    """Return a fingerprint of a teacher's files: names, sizes and 32 evenly spaced 64-KiB samples of each.
+
+    Sampling keeps it under a second for any size; it tells another model, another training state of the same
+    model and a re-saved one apart, and does not depend on the path.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        if not path.is_file() or not path.name.endswith(_IDENTITY_SUFFIXES) or "tokenizer" in path.name:
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            for index in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE) * index // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def reconcile(
+    saved: dict[str, Any] | None, current: LetRecord | None, *, completed_iterations: int, let: LetConfig
+) -> LetRecord | None:
+    """Return the record a resumed run goes on with.
+
+    A stop given as a fraction keeps the absolute iteration it was resolved to when the run began, so that a longer
+    `--train-iters` does not move it. Once S_stop has passed, the teacher itself is not compared: it may be gone.
+
+    Raises:
+        ConfigError: a setting differs from the checkpoint's and `--let-override` is not given.
+    """
+    if let.let_override:
+        return current
+    if saved is None and current is None:
+        return None
+    if saved is None or current is None:
+        was, now = ("with", "without") if current is None else ("without", "with")
+        raise ConfigError(
+            f"the checkpoint was trained {was} a LET teacher and this run goes on {now} one; "
+            "give the same --let-* flags, or --let-override to accept the change"
+        )
+    values = current.to_dict()
+    if saved["stop_fraction"] is not None and saved["stop_fraction"] == values["stop_fraction"]:
+        values["stop_iteration"] = saved["stop_iteration"]
+    if completed_iterations >= saved["stop_iteration"]:
+        values["teacher_identity"] = saved["teacher_identity"]
+    for name, value in values.items():
+        if saved[name] != value:
+            raise ConfigError(
+                f"LET setting {name.replace('_', ' ')} is {value} but the checkpoint was trained with {saved[name]}; "
+                "give the checkpoint's value, or --let-override to accept the change"
+            )
+    return LetRecord(**values)

@@ -1,0 +1,196 @@
+"""The numbers of a run: one log line, one JSON row, the same names to TensorBoard and W&B."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_let.config.logging import LoggingConfig
+from megatron_let.errors import ConfigError
+from megatron_let.optional import has_tensorboard, has_wandb
+from megatron_let.training.checkpoint_files import write_atomically
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """One logged iteration; losses are token-weighted over the iterations since the last row.
+
+    let_* are None where no teacher ran. `let_weight` is the weight the iteration was trained with.
+    """
+
+    iteration: int
+    consumed_samples: int
+    consumed_tokens: int
+    lm_loss: float
+    let_loss: float | None
+    let_cosine: float | None
+    let_cosine_centered: float | None
+    let_weight: float | None
+    grad_norm: float | None
+    learning_rate: float
+    global_batch_size: int
+    loss_scale: float
+    skipped_iterations: int
+    nan_iterations: int
+    iteration_ms: float
+    tokens_per_second: float
+    tokens_per_second_per_device: float
+    tflops_per_device: float
+    mfu: float | None
+    elapsed_seconds: float
+
+
+@dataclass(frozen=True)
+class ValidationRow:
+    """One evaluation; `elapsed_seconds` is training time since the run began, evaluation and saving left out."""
+
+    iteration: int
+    consumed_samples: int
+    consumed_tokens: int
+    validation_lm_loss: float
+    elapsed_seconds: float
+
+
+Row = TrainingRow | ValidationRow
+
+
+class Sink(Protocol):
+    """Somewhere rows go."""
+
+    def write(self, row: Row) -> None:
+        """Take one row."""
+
+    def close(self) -> None:
+        """Flush and let go."""
+
+
+class JsonLines:
+    """`metrics.jsonl` in the save directory, one JSON object a row."""
+
+    def __init__(self, directory: Path, *, resumed_iteration: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / METRICS_FILE
+        if path.exists():
+            drop_rows_past(path, resumed_iteration)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Row) -> None:
+        """Append the row and flush, so that a killed run loses at most the line being written."""
+        self._file.write(json.dumps({key: _json_number(value) for key, value in asdict(row).items()}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def drop_rows_past(path: Path, iteration: int) -> None:
+    """Rewrite a metrics file atomically without torn lines and without rows after `iteration`."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("iteration"), int) and row["iteration"] <= iteration:
+            kept.append(line + "\n")
+    write_atomically(path, "".join(kept))
+
+
+def _json_number(value: Any) -> Any:
+    # JSON has no NaN or infinity; a reader gets the word.
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class TensorBoard:
+    """TensorBoard events, one scalar a field."""
+
+    def __init__(self, directory: str) -> None:
+        if not has_tensorboard():
+            raise ConfigError("--tensorboard-dir needs the tensorboard package; install it or leave the flag out")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(directory)  # type: ignore[no-untyped-call]
+
+    def write(self, row: Row) -> None:
+        """Write every number of the row at its iteration."""
+        for name, value in _scalars(row).items():
+            self._writer.add_scalar(name, value, row.iteration)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class WeightsAndBiases:
+    """A W&B run."""
+
+    def __init__(self, logging: LoggingConfig, settings: dict[str, Any]) -> None:
+        if not has_wandb():
+            raise ConfigError("--wandb-project needs the wandb package; install it or leave the flag out")
+        import wandb
+
+        self._run = wandb.init(
+            project=logging.wandb_project,
+            entity=logging.wandb_entity,
+            name=logging.wandb_exp_name,
+            dir=logging.wandb_save_dir,
+            config=settings,
+        )
+
+    def write(self, row: Row) -> None:
+        """Log every number of the row at its iteration."""
+        self._run.log(_scalars(row), step=row.iteration)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+def _scalars(row: Row) -> dict[str, float]:
+    values = asdict(row)
+    return {name: float(value) for name, value in values.items() if value is not None and name != "iteration"}
+
+
+def format_training_row(row: TrainingRow, *, train_iters: int, eta_seconds: float) -> str:
+    """Return Megatron's log line, then LET's columns, rates and the time left.
+
+    Losses are printed whatever their sign and also when they are not a number.
+    """
+    columns = [
+        f" [{datetime.now():%Y-%m-%d %H:%M:%S}] iteration {row.iteration:8d}/{train_iters:8d}",
+        f"consumed samples: {row.consumed_samples:12d}",
+        f"elapsed time per iteration (ms): {row.iteration_ms:.1f}",
+        f"learning rate: {row.learning_rate:.6E}",
+        f"global batch size: {row.global_batch_size:5d}",
+        f"lm loss: {row.lm_loss:.6E}",
+        f"loss scale: {row.loss_scale:.1f}",
+        f"grad norm: {'n/a' if row.grad_norm is None else f'{row.grad_norm:.3f}'}",
+        f"number of skipped iterations: {row.skipped_iterations:3d}",
+        f"number of nan iterations: {row.nan_iterations:3d}",
+    ]
+    if row.let_cosine is not None:
+        columns.append(f"let cosine: {row.let_cosine:.4f}")
+    if row.let_weight is not None:
+        columns.append(f"let weight: {row.let_weight:.4g}")
+    columns.append(f"tokens/s/device: {row.tokens_per_second_per_device:.0f}")
+    columns.append(f"TFLOP/s/device: {row.tflops_per_device:.3g}")
+    if row.mfu is not None:
+        columns.append(f"MFU: {row.mfu:.1%}")
+    columns.append(f"ETA: {timedelta(seconds=round(eta_seconds))}")
+    return " | ".join(columns) + " |"
+
+
+def format_validation_row(row: ValidationRow) -> str:
+    """Return Megatron's validation line."""
+    perplexity = math.exp(min(20.0, row.validation_lm_loss))
+    return (
+        f" validation loss at iteration {row.iteration} | lm loss value: {row.validation_lm_loss:.6E} | "
+        f"lm loss PPL: {perplexity:.6E} |"
+    )

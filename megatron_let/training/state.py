@@ -1,0 +1,22 @@
+"""The one object that changes while a run goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class TrainingState:
+    """Progress of a run; everything here goes into the checkpoint."""
+
+    iteration: int = 0
+    """Attempted iterations, skipped ones included."""
+
+    consumed_samples: int = 0
+    """Training sequences read, which is also the position in the data."""
+
+    skipped_iterations: int = 0
+    """Iterations without an optimizer step (gradient overflow under fp16)."""
+
+    elapsed_seconds: float = 0.0
+    """Time spent training, evaluation and saving left out."""

@@ -1,0 +1,65 @@
+"""Load the teacher that `--let-teacher-load` names: a Hugging Face directory or a Megatron checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_let.config.run_config import RunConfig
+from megatron_let.errors import ConfigError
+from megatron_let.let import Teacher
+from megatron_let.let.hf_teacher import load_hf_teacher
+from megatron_let.mcore.parallel import ParallelContext
+from megatron_let.mcore.transformer_config import compute_dtype
+from megatron_let.training.checkpoint_files import TRACKER, saved_iterations
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def teacher_format(config: RunConfig) -> str:
+    """Return `hf` or `megatron`, by `--let-teacher-format` or by what the directory holds.
+
+    Raises:
+        ConfigError: the directory is missing or is neither.
+    """
+    path = Path(str(config.let.let_teacher_load))
+    if not path.is_dir():
+        raise ConfigError(f"--let-teacher-load {path} is not a directory; give a Hugging Face or a Megatron checkpoint")
+    if config.let.let_teacher_format != "auto":
+        return str(config.let.let_teacher_format)
+    if (path / TRACKER).exists() or saved_iterations(path):
+        return "megatron"
+    if (path / "config.json").exists():
+        return "hf"
+    raise ConfigError(
+        f"--let-teacher-load {path} holds neither a config.json (Hugging Face) nor a {TRACKER} (Megatron checkpoint)"
+    )
+
+
+def teacher_dtype(config: RunConfig) -> torch.dtype:
+    """Return the type the teacher computes in: `--let-teacher-dtype`, by default the student's compute type."""
+    name = config.let.let_teacher_dtype
+    return compute_dtype(config) if name == "auto" else _DTYPES[name]
+
+
+def load_teacher(config: RunConfig, context: ParallelContext) -> Teacher:
+    """Load the frozen teacher onto this rank, un-sharded.
+
+    Raises:
+        ConfigError: it is missing, damaged, of an unknown kind, or has no such layer.
+    """
+    path = str(config.let.let_teacher_load)
+    if teacher_format(config) == "hf":
+        return load_hf_teacher(
+            path,
+            layer=config.let.let_teacher_layer,
+            dtype=teacher_dtype(config),
+            device=context.device,
+            trust_remote_code=config.let.let_trust_remote_code,
+        )
+    from megatron_let.training.megatron_teacher import load_megatron_teacher
+
+    return load_megatron_teacher(
+        Path(path), layer=config.let.let_teacher_layer, dtype=teacher_dtype(config), context=context
+    )

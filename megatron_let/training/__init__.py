@@ -1,0 +1,1 @@
+"""One run from command line to last checkpoint."""

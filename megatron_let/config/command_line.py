@@ -1,0 +1,157 @@
+"""Words of a command line or a YAML file -> values by name, through the table of settings; and --help."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from megatron_let.config.setting import Setting
+from megatron_let.config.values import value_from_words, value_from_yaml
+from megatron_let.errors import ConfigError
+
+_NUMBER = re.compile(r"-(\d|\.\d)")
+
+
+class Occurrence(NamedTuple):
+    """A flag as it was typed, with the words that follow it."""
+
+    flag: str
+    words: tuple[str, ...]
+
+
+def split_words(arguments: Sequence[str]) -> list[Occurrence]:
+    """Return the flags of a command line in order, each with its words; `--flag=value` is understood.
+
+    A word that starts with a dash and is no number begins a flag. Raises ConfigError for words before the
+    first flag.
+    """
+    found: list[Occurrence] = []
+    for argument in arguments:
+        if argument.startswith("-") and not _NUMBER.match(argument):
+            flag, equals, value = argument.partition("=")
+            found.append(Occurrence(flag, (value,) if equals else ()))
+        elif not found:
+            raise ConfigError(f"{argument!r} belongs to no flag; settings are given as --flag value")
+        else:
+            last = found.pop()
+            found.append(Occurrence(last.flag, (*last.words, argument)))
+    return found
+
+
+def values_of_occurrences(occurrences: Iterable[Occurrence], settings: Sequence[Setting]) -> dict[str, Any]:
+    """Return dest -> value for flags of the table; of a flag given twice the last counts."""
+    by_flag = {flag: setting for setting in settings for flag in setting.flags}
+    return {by_flag[flag].dest: value_from_words(by_flag[flag], flag, words) for flag, words in occurrences}
+
+
+def values_of_mapping(mapping: dict[str, Any], settings: Sequence[Setting]) -> dict[str, Any]:
+    """Return dest -> value for keys of a config file: a dest or a flag's spelling, with - or _."""
+    by_key = {flag[2:].replace("-", "_"): setting for setting in settings for flag in setting.flags}
+    by_key.update({setting.dest: setting for setting in settings if setting.flags})
+    found: dict[str, Any] = {}
+    for key, value in mapping.items():
+        setting = by_key.get(key.replace("-", "_"))
+        if setting is None:
+            raise ConfigError(
+                f"unknown name {key} in the config file{nearest(key.replace('-', '_'), by_key)}"
+            )
+        if setting.dest in found:
+            raise ConfigError(
+                f"{key} in the config file sets {setting.dest} a second time; leave one of them"
+            )
+        found[setting.dest] = value_from_yaml(setting, key, value)
+    return found
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Return the mapping in a config file; raise ConfigError when it cannot be read as one."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ConfigError(f"--config {path} cannot be read: {problem}") from problem
+    try:
+        content = yaml.load(text, Loader=_NoDuplicates)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as problem:
+        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(problem).split())}") from problem
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"--config {path} must hold lines of the form name: value")
+    return content
+
+
+class _NoDuplicates(yaml.SafeLoader):
+    """YAML loader that refuses a key given twice, where YAML would keep the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of `node`, each key once."""
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" for the known name nearest to `name`, or nothing when none is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def format_help(settings: Sequence[Setting], *, prog: str, description: str, epilog: str) -> str:
+    """Return the text of --help: a group for each heading, defaults beside the flags."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [--config FILE.yaml] [--flag [value ...]] ...",
+        description=description,
+        epilog=epilog,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="the same names in a file; the command line wins"
+    )
+    groups: dict[str, Any] = {}
+    for setting in (setting for setting in settings if setting.flags):
+        if setting.group not in groups:
+            groups[setting.group] = parser.add_argument_group(setting.group)
+        text = help_line(setting).replace("%", "%%")
+        if setting.value_type.is_switch:
+            groups[setting.group].add_argument(*setting.flags, action="store_true", help=text)
+        else:
+            metavar = metavar_of(setting)
+            groups[setting.group].add_argument(*setting.flags, metavar=metavar, help=text)
+    return parser.format_help()
+
+
+def help_line(setting: Setting) -> str:
+    """Return the help text of a setting with its default at the end."""
+    if setting.value_type.is_switch or setting.default is None:
+        return setting.help
+    return f"{setting.help} (default: {default_text(setting)})"
+
+
+def default_text(setting: Setting) -> str:
+    """Return the default as it would be typed."""
+    default = setting.default
+    if isinstance(default, tuple | list):
+        return " ".join(str(item) for item in default)
+    return str(getattr(default, "name", default))
+
+
+def metavar_of(setting: Setting) -> str:
+    """Return what stands for the value in --help."""
+    value_type = setting.value_type
+    if value_type.choices is not None:
+        one = "{" + ",".join(str(choice) for choice in value_type.choices) + "}"
+    else:
+        one = {int: "N", float: "X", str: "TEXT"}[value_type.base]
+    if value_type.count == "+":
+        return f"{one} [{one} ...]" if len(one) < 8 else f"{one} ..."
+    return one if value_type.count is None else " ".join([one] * int(value_type.count))

@@ -1,0 +1,1 @@
+"""Megatron-LM's flags that are not ours (milestone 1: placeholder)."""

@@ -1,0 +1,25 @@
+"""LET on plain tensors: schedule, losses, projection, teacher, objective. Knows nothing of Megatron."""
+
+from megatron_let.let.hf_teacher import load_hf_teacher
+from megatron_let.let.losses import AlignmentLoss, AlignmentSums, cosine_alignment
+from megatron_let.let.objective import AlignmentObjective, AlignmentTarget, add_alignment_gradient
+from megatron_let.let.projection import interpolate_width
+from megatron_let.let.schedule import LetSchedule, default_student_layer, resolve_stop
+from megatron_let.let.teacher import Teacher, require_finite, segment_states
+
+__all__ = [
+    "AlignmentLoss",
+    "AlignmentObjective",
+    "AlignmentSums",
+    "AlignmentTarget",
+    "LetSchedule",
+    "Teacher",
+    "add_alignment_gradient",
+    "cosine_alignment",
+    "default_student_layer",
+    "interpolate_width",
+    "load_hf_teacher",
+    "require_finite",
+    "resolve_stop",
+    "segment_states",
+]

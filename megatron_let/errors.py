@@ -1,6 +1,6 @@
 """Errors with an exit status: what a launcher or a requeue script can act on.
 
-Exit codes of a run: 0 done, 1 crash, 2 bad configuration or input.
+Exit codes of a run: 0 done, 1 crash, 2 bad configuration or input, 3 stopped early with everything saved.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 EXIT_DONE = 0
 EXIT_CRASH = 1
 EXIT_BAD_CONFIGURATION = 2
+EXIT_PREEMPTED = 3
 
 
 class LetError(Exception):

@@ -106,6 +106,17 @@ def _core_config(config: RunConfig, tokenizer: DataTokenizer) -> GPTDatasetConfi
     )
 
 
+def data_prefixes(config: RunConfig) -> list[str]:
+    """Return the prefix of every data set of the run, blend weights left out, each once."""
+    data = config.data
+    prefixes: list[str] = []
+    for paths in (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path):
+        if paths:
+            blend = get_blend_from_list(list(paths))
+            prefixes.extend(blend[0] if blend else [])
+    return list(dict.fromkeys(prefixes))
+
+
 class MicrobatchSampler(Sampler[list[int]]):
     """Sample indices of one data-parallel rank, microbatch by microbatch, from a given number of consumed samples.
 

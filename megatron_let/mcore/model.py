@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,6 +48,23 @@ def unwrap(module: torch.nn.Module) -> GPTModel:
         module = module.module
     assert isinstance(module, GPTModel), f"expected a GPTModel, found {type(module).__name__}"
     return module
+
+
+@contextmanager
+def gathered_parameters(config: RunConfig, student: Student) -> Iterator[None]:
+    """Inside, every rank holds whole, current weights: needed to evaluate or save while gathers are overlapped.
+
+    With `--overlap-param-gather` the new weights travel during the next training forward; here they are fetched at
+    once and the overlap is put back on leaving.
+    """
+    is_overlapped = config.ddp.use_distributed_optimizer and config.ddp.overlap_param_gather
+    if is_overlapped:
+        for chunk in student.chunks:
+            chunk.disable_forward_pre_hook()
+    yield
+    if is_overlapped:
+        for chunk in student.chunks:
+            chunk.enable_forward_pre_hook()
 
 
 def build_student(config: RunConfig, context: ParallelContext, *, vocab_size: int, padded_vocab_size: int) -> Student:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_let.config.run_config import RunConfig
 from megatron_let.errors import ConfigError, LetError
+
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,6 @@ class ParallelContext:
         """Return whether tensors of this run live on a GPU."""
         return self.device.type == "cuda"
 
-    @property
-    def is_last_rank(self) -> bool:
-        """Return whether this rank speaks for the run (it holds the loss: last pipeline stage)."""
-        return self.rank == self.world_size - 1
-
     def is_first_chunk(self, vp_stage: int | None) -> bool:
         """Return whether model chunk `vp_stage` of this rank holds the embedding."""
         return self.pp_rank == 0 and (vp_stage or 0) == 0
@@ -56,6 +54,11 @@ class ParallelContext:
     def is_last_chunk(self, vp_stage: int | None) -> bool:
         """Return whether model chunk `vp_stage` of this rank holds the LM head."""
         return self.pp_rank == self.pp_size - 1 and (vp_stage is None or vp_stage == (self.vp_size or 1) - 1)
+
+    def say(self, text: str) -> None:
+        """Print a line once for the whole run (rank 0)."""
+        if self.rank == 0:
+            print(text, flush=True)
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` in place over every rank of the run."""
@@ -68,16 +71,30 @@ class ParallelContext:
         dist.all_reduce(vote, op=dist.ReduceOp.MAX)
         return bool(vote.item())
 
+    def gather(self, value: Value) -> list[Value]:
+        """Return the value of every rank, in rank order; every rank must call this."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_rank_0(self, value: Value) -> Value:
+        """Return rank 0's value on every rank; every rank must call this."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        dist.barrier()
+
     def raise_together(self, error: LetError | None) -> None:
         """Raise on every rank the first error that any rank brings; every rank must call this.
 
         Raises:
             LetError: the error of the lowest rank that has one, with its exit code.
         """
-        brought: list[tuple[str, bool] | None] = [None] * self.world_size
         mine = None if error is None else (str(error), isinstance(error, ConfigError))
-        dist.all_gather_object(brought, mine)
-        for first in brought:
+        for first in self.gather(mine):
             if first is not None:
                 raise ConfigError(first[0]) if first[1] else LetError(first[0])
 

@@ -15,6 +15,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_let.errors import ConfigError
+
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 22
@@ -36,6 +38,18 @@ def saved_iterations(root: Path) -> list[int]:
         return []
     matches = (re.fullmatch(r"iter_(\d{7,})", entry.name) for entry in root.iterdir() if entry.is_dir())
     return sorted((int(match.group(1)) for match in matches if match), reverse=True)
+
+
+def newest_iteration_directory(root: Path) -> Path:
+    """Return the directory of the newest checkpoint under `root`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    iterations = saved_iterations(root)
+    if not iterations:
+        raise ConfigError(f"{root} holds no checkpoint (a directory iter_0000100 or the like)")
+    return iteration_directory(root, iterations[0])
 
 
 def read_tracker(root: Path) -> int | None:
@@ -90,18 +104,15 @@ def describe_files(directory: Path, *, share: tuple[int, int] = (0, 1)) -> dict[
     }
 
 
-def write_manifest(directory: Path, files: dict[str, dict[str, object]]) -> None:
-    """Write `manifest.json`, the last file of a whole checkpoint."""
+def finish(root: Path, iteration: int, files: dict[str, dict[str, object]]) -> None:
+    """Make a written checkpoint whole and the newest: manifest, rename, then the tracker moves."""
+    directory = partial_directory(root, iteration)
     text = json.dumps({"format": 1, "files": dict(sorted(files.items()))}, indent=1)
     write_atomically(directory / MANIFEST, text + "\n")
-
-
-def commit(root: Path, iteration: int) -> None:
-    """Make a written and described checkpoint the newest one: rename it, then move the tracker."""
     final = iteration_directory(root, iteration)
     if final.exists():
         shutil.rmtree(final)
-    partial_directory(root, iteration).rename(final)
+    directory.rename(final)
     write_tracker(root, iteration)
 
 

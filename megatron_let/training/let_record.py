@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_let.config.let import LetConfig
 from megatron_let.errors import ConfigError
+from megatron_let.let import LetSchedule
 
 # Files of a teacher directory that decide what it computes.
 _IDENTITY_SUFFIXES = (".safetensors", ".distcp", ".pt", ".json", ".metadata")
@@ -28,6 +29,10 @@ class LetRecord:
     loss: str
     projection: str
     teacher_identity: str | None
+
+    def schedule(self) -> LetSchedule:
+        """Return the weight over the iterations."""
+        return LetSchedule(self.weight, self.stop_iteration)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for the checkpoint."""

@@ -1,0 +1,156 @@
+"""The one assembly line: from settings to a trainer that is ready to go.
+
+Everything that can be wrong with what the user gave is found here, before the first iteration, and the cheap checks
+come before the expensive parts are built.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_let.config.batches import batch_plan, padded_vocab_size, train_iterations
+from megatron_let.config.run_config import RunConfig
+from megatron_let.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_let.errors import ConfigError
+from megatron_let.let import AlignmentObjective, Teacher, default_student_layer, resolve_stop
+from megatron_let.mcore.checkpoint import Parts
+from megatron_let.mcore.datasets import SampleCounts, build_datasets
+from megatron_let.mcore.layer_tap import find_layer
+from megatron_let.mcore.model import Student, build_student
+from megatron_let.mcore.optimizer import build_lr_scheduler, build_optimizer
+from megatron_let.mcore.parallel import ParallelContext
+from megatron_let.training.alignment import Alignment
+from megatron_let.training.checkpoints import (
+    TokenizerRecord,
+    check_same_model,
+    choose_checkpoint,
+    load_checkpoint,
+    read_run,
+)
+from megatron_let.training.data_checks import check_data
+from megatron_let.training.forward_step import ForwardStep
+from megatron_let.training.let_record import LetRecord, reconcile, teacher_identity
+from megatron_let.training.report import build_reporter
+from megatron_let.training.signals import StopRequest
+from megatron_let.training.state import TrainingState
+from megatron_let.training.teachers import load_teacher
+from megatron_let.training.trainer import Run, Trainer
+
+
+def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest) -> Trainer:
+    """Build student, data, teacher and loop for this rank, loading the checkpoint if there is one.
+
+    Raises:
+        ConfigError: what was given cannot work; every rank raises it.
+    """
+    tokenizer = _tokenizer(config)
+    total_iterations = train_iterations(config, context.world_size)
+    directory = choose_checkpoint(config, context, context.say)
+    saved = None if directory is None else read_run(directory, context)
+    if directory is not None and saved is not None:
+        check_same_model(config, saved, directory)
+    let_record = _let_record(config, saved, total_iterations)
+    completed = 0 if saved is None or config.checkpoint.finetune else int(saved["state"]["iteration"])
+    schedule = None if let_record is None else let_record.schedule()
+    needs_teacher = schedule is not None and schedule.is_active_at(completed)
+    check_data(config, tokenizer, context, needs_teacher=needs_teacher)
+    data = build_datasets(config, tokenizer, _sample_counts(config, total_iterations))
+    padded = padded_vocab_size(
+        tokenizer.vocab_size, config.model.make_vocab_size_divisible_by, context.tp_size
+    )
+    student = build_student(config, context, vocab_size=tokenizer.vocab_size, padded_vocab_size=padded)
+    optimizer = build_optimizer(config, student)
+    parts = Parts(student, optimizer, build_lr_scheduler(config, optimizer), with_rng=True)
+    state = TrainingState()
+    if directory is not None and saved is not None:
+        state = load_checkpoint(directory, saved, config, context, parts, context.say)
+    alignment = None
+    if needs_teacher and let_record is not None:
+        alignment = _build_alignment(config, context, student, tokenizer, let_record)
+    run = Run(
+        config=config,
+        context=context,
+        parts=parts,
+        data=data,
+        forward_step=ForwardStep(config, context, tokenizer.eod, alignment),
+        alignment=alignment,
+        let_record=let_record,
+        reporter=build_reporter(config, context, padded_vocab_size=padded, resumed_iteration=state.iteration),
+        tokenizer=TokenizerRecord(tokenizer.vocab_size, tokenizer.fingerprint),
+        batches=batch_plan(config, context.world_size),
+        total_iterations=total_iterations,
+    )
+    return Trainer(run, state, stop)
+
+
+def _tokenizer(config: RunConfig) -> Tokenizer:
+    given = config.tokenizer
+    return build_tokenizer(
+        tokenizer_type=given.tokenizer_type,
+        tokenizer_model=given.tokenizer_model,
+        vocab_file=given.vocab_file,
+        merge_file=given.merge_file,
+        vocab_size=config.model.vocab_size,
+    )
+
+
+def _sample_counts(config: RunConfig, total_iterations: int) -> SampleCounts:
+    evaluated = config.validation.eval_iters * config.training.global_batch_size
+    train = config.training.train_samples or total_iterations * config.training.global_batch_size
+    return SampleCounts(train=train, valid=evaluated, test=evaluated)
+
+
+def _let_record(config: RunConfig, saved: dict[str, Any] | None, total_iterations: int) -> LetRecord | None:
+    """Resolve LET's settings, and on resume hold them against the checkpoint's."""
+    let, current = config.let, None
+    completed = 0 if saved is None or config.checkpoint.finetune else saved["state"]["iteration"]
+    if let.is_on:
+        stop = resolve_stop(
+            total_iterations, stop_iters=let.let_stop_iters, stop_fraction=let.let_stop_fraction
+        )
+        path = Path(str(let.let_teacher_load))
+        current = LetRecord(
+            student_layer=let.let_student_layer or default_student_layer(config.transformer.num_layers),
+            teacher_layer=let.let_teacher_layer,
+            weight=let.let_weight,
+            stop_iteration=stop,
+            stop_fraction=None if let.let_stop_iters is not None else (let.let_stop_fraction or 0.0),
+            loss=let.let_loss,
+            projection=let.let_projection,
+            teacher_identity=teacher_identity(path) if path.is_dir() else None,
+        )
+    if saved is None or config.checkpoint.finetune:
+        return current
+    return reconcile(saved["let"], current, completed_iterations=completed, let=let)
+
+
+def _build_alignment(
+    config: RunConfig, context: ParallelContext, student: Student, tokenizer: Tokenizer, record: LetRecord
+) -> Alignment:
+    """Build the teacher on the stage that owns layer k, and the tap there."""
+    teacher: Teacher | None = None
+    error: ConfigError | None = None
+    if find_layer(student.gpt_chunks, record.student_layer) is not None:
+        try:
+            teacher = load_teacher(config, context)
+            _check_vocabulary(teacher, tokenizer)
+        except ConfigError as mistake:
+            error = mistake
+    context.raise_together(error)
+    return Alignment(
+        AlignmentObjective(record.schedule(), record.student_layer),
+        student,
+        context,
+        teacher,
+        is_sequence_parallel=student.core_config.sequence_parallel,
+        calculate_per_token_loss=config.transformer.calculate_per_token_loss,
+    )
+
+
+def _check_vocabulary(teacher: Teacher, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > teacher.vocab_size:
+        raise ConfigError(
+            f"the student's token ids reach {tokenizer.vocab_size - 1} but teacher {teacher.description} knows ids up "
+            f"to {teacher.vocab_size - 1}; student and teacher must use the same tokenizer"
+        )

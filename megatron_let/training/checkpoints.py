@@ -1,0 +1,265 @@
+"""Saving a run and starting from a saved one: which checkpoint, what must agree, what may change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_let import __version__
+from megatron_let.config.run_config import RunConfig
+from megatron_let.errors import ConfigError, LetError
+from megatron_let.mcore.checkpoint import ITERATION, RUN, SCHEDULER, Parts, load_common, load_content, save_content
+from megatron_let.mcore.parallel import ParallelContext
+from megatron_let.training import checkpoint_files as files
+from megatron_let.training.let_record import LetRecord
+from megatron_let.training.state import TrainingState
+
+SETTINGS_FILE = "settings.yaml"
+
+# Settings that make another model: a checkpoint fits only a run that agrees on all of them.
+_MODEL_SETTINGS = (
+    ("transformer", "num_layers"),
+    ("transformer", "hidden_size"),
+    ("transformer", "ffn_hidden_size"),
+    ("transformer", "num_attention_heads"),
+    ("transformer", "num_query_groups"),
+    ("transformer", "kv_channels"),
+    ("transformer", "normalization"),
+    ("transformer", "add_bias_linear"),
+    ("transformer", "add_qkv_bias"),
+    ("transformer", "qk_layernorm"),
+    ("model", "swiglu"),
+    ("model", "squared_relu"),
+    ("model", "position_embedding_type"),
+    ("model", "untie_embeddings_and_output_weights"),
+)
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """What a checkpoint remembers of the tokenizer."""
+
+    vocab_size: int
+    fingerprint: str | None
+
+
+Say = Callable[[str], None]
+Result = TypeVar("Result")
+
+
+def save_checkpoint(
+    config: RunConfig,
+    context: ParallelContext,
+    parts: Parts,
+    state: TrainingState,
+    *,
+    let_record: LetRecord | None,
+    tokenizer: TokenizerRecord,
+) -> None:
+    """Write the checkpoint of the current iteration; every rank calls this.
+
+    It is written aside, described by a manifest with sizes and checksums, then renamed, then the tracker moves: a
+    kill at any moment leaves the previous checkpoint in place.
+
+    Raises:
+        LetError: it could not be written; the previous checkpoint is untouched.
+    """
+    assert config.checkpoint.save is not None, "saving was asked for"
+    root = Path(config.checkpoint.save)
+    if not config.checkpoint.no_save_optim:
+        saved = parts
+    else:
+        saved = replace(parts, optimizer=None, scheduler=None)
+    if config.checkpoint.no_save_rng:
+        saved = replace(saved, with_rng=False)
+    run = {
+        "version": __version__,
+        "state": asdict(state),
+        "config": config.to_dict(),
+        "let": None if let_record is None else let_record.to_dict(),
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+    }
+    _on_rank_0(context, root, lambda: files.prepare_partial(root, state.iteration))
+    directory = files.partial_directory(root, state.iteration)
+    save_content(directory, saved, context, iteration=state.iteration, run=run)
+    _on_rank_0(context, root, lambda: _write_settings(directory, config))
+    share = (context.rank, context.world_size)
+    described, error = _attempt(root, lambda: files.describe_files(directory, share=share))
+    context.raise_together(error)
+    entries = {name: entry for part in context.gather(described) for name, entry in (part or {}).items()}
+    _on_rank_0(context, root, lambda: files.finish(root, state.iteration, entries))
+
+
+def _write_settings(directory: Path, config: RunConfig) -> None:
+    (directory / SETTINGS_FILE).write_text(config.to_yaml(), encoding="utf-8")
+
+
+def _on_rank_0(context: ParallelContext, root: Path, action: Callable[[], object]) -> None:
+    """Run a file operation on rank 0 while the others wait; all raise together when it fails."""
+    error = _attempt(root, action)[1] if context.rank == 0 else None
+    context.raise_together(error)
+
+
+def _attempt(root: Path, action: Callable[[], Result]) -> tuple[Result | None, LetError | None]:
+    try:
+        return action(), None
+    except OSError as error:
+        return None, LetError(
+            f"cannot write a checkpoint to {root}: {error.strerror or error}; free space or fix the directory and "
+            "resume, the previous checkpoint is untouched"
+        )
+
+
+def choose_checkpoint(config: RunConfig, context: ParallelContext, say: Say) -> Path | None:
+    """Return the directory of the checkpoint to load, or None for a fresh start; every rank calls this.
+
+    The newest whole checkpoint is taken; a damaged newer one is named and skipped. `--load` naming the `--save`
+    directory is the usual requeue idiom and may find nothing; anywhere else an empty `--load` is an error.
+
+    Raises:
+        ConfigError: nothing (whole) to load, or damage under `--strict-load` or `--ckpt-step`.
+    """
+    if config.checkpoint.load is None:
+        return None
+    root = Path(config.checkpoint.load)
+    step = config.checkpoint.ckpt_step
+    iterations = context.from_rank_0(files.saved_iterations(root))
+    if step is not None:
+        if step not in iterations:
+            raise ConfigError(f"--ckpt-step {step}: {root} has checkpoints of {_listed(iterations)}")
+        iterations = [step]
+    if not iterations:
+        return _nothing_to_load(config, root, tracked=context.from_rank_0(files.read_tracker(root)), say=say)
+    for iteration in iterations:
+        directory = files.iteration_directory(root, iteration)
+        damage = _find_damage(directory, context)
+        if damage is None:
+            return directory
+        if config.checkpoint.strict_load or step is not None:
+            raise ConfigError(f"checkpoint {directory} is damaged: {damage}; choose another with --ckpt-step")
+        say(f"checkpoint {directory} is damaged and skipped: {damage}")
+    raise ConfigError(f"--load {root}: none of its checkpoints ({_listed(iterations)}) is whole")
+
+
+def _nothing_to_load(config: RunConfig, root: Path, *, tracked: int | None, say: Say) -> None:
+    if tracked is not None:
+        raise ConfigError(f"--load {root}: {files.TRACKER} names iteration {tracked} but no checkpoint is there")
+    save = config.checkpoint.save
+    is_own = save is not None and Path(save).resolve() == root.resolve()
+    if not is_own or config.checkpoint.exit_on_missing_checkpoint:
+        raise ConfigError(
+            f"--load {root} holds no checkpoint; check the path (only the --save directory may be empty: a first start)"
+        )
+    say(f"no checkpoint in {root}: starting from iteration 0")
+
+
+def _listed(iterations: list[int]) -> str:
+    return "no iteration" if not iterations else "iteration " + ", ".join(str(i) for i in iterations[:8])
+
+
+def _find_damage(directory: Path, context: ParallelContext) -> str | None:
+    found = context.gather(files.find_damage(directory, share=(context.rank, context.world_size)))
+    return next((damage for damage in found if damage is not None), None)
+
+
+def read_run(directory: Path, context: ParallelContext) -> dict[str, Any]:
+    """Return the plain values of a checkpoint: `state`, `config`, `let`, `vocab_size`, and the scheduler's state.
+
+    Raises:
+        ConfigError: it was not written by this project.
+    """
+    common = load_common(directory)
+    if RUN not in common:
+        raise ConfigError(f"checkpoint {directory} was not written by megatron_let (iteration {common.get(ITERATION)})")
+    return {**common[RUN], SCHEDULER: common.get(SCHEDULER)}
+
+
+def tokenizer_fingerprint_of_checkpoint(directory: Path) -> str | None:
+    """Return the fingerprint of the tokenizer a checkpoint was trained with, or None when it does not say."""
+    fingerprint = load_common(directory).get(RUN, {}).get("tokenizer_fingerprint")
+    return None if fingerprint is None else str(fingerprint)
+
+
+def check_same_model(config: RunConfig, run: dict[str, Any], directory: Path) -> None:
+    """Raise a ConfigError that lists every model setting in which the checkpoint differs from this run."""
+    now, then = config.to_dict(), run["config"]
+    differences = [
+        f"{name} {now[section][name]} (checkpoint: {then[section].get(name)})"
+        for section, name in _MODEL_SETTINGS
+        if now[section][name] != then[section].get(name)
+    ]
+    if differences:
+        raise ConfigError(f"checkpoint {directory} holds another model: {'; '.join(differences)}")
+
+
+def load_checkpoint(
+    directory: Path, run: dict[str, Any], config: RunConfig, context: ParallelContext, parts: Parts, say: Say
+) -> TrainingState:
+    """Load weights, and unless `--finetune` and friends say otherwise optimizer, schedule and RNG; return the state."""
+    options = config.checkpoint
+    saved_layout = [
+        run["config"]["transformer"][f"{kind}_model_parallel_size"] for kind in ("tensor", "pipeline")
+    ]
+    has_rng = not run["config"]["checkpoint"]["no_save_rng"]
+    has_optimizer = not run["config"]["checkpoint"]["no_save_optim"]
+    with_optimizer = has_optimizer and not (options.no_load_optim or options.finetune)
+    with_rng = has_rng and not (options.no_load_rng or options.finetune)
+    if with_rng and saved_layout != [context.tp_size, context.pp_size]:
+        say(f"random states of {directory} are of another layout and not loaded (dropout will differ)")
+        with_rng = False
+    if not has_optimizer and not (options.no_load_optim or options.finetune):
+        raise ConfigError(f"checkpoint {directory} holds no optimizer state; give --no-load-optim or --finetune")
+    wanted = replace(parts, optimizer=parts.optimizer if with_optimizer else None, with_rng=with_rng)
+    load_content(directory, wanted, context)
+    if not with_optimizer and parts.optimizer is not None:
+        parts.optimizer.reload_model_params()
+    if options.finetune:
+        say(f"weights loaded from {directory}; iteration and data start at 0 (--finetune)")
+        return TrainingState()
+    if parts.scheduler is not None and with_optimizer:
+        restore_schedule(parts.scheduler, run[SCHEDULER], config, run["config"])
+    state = TrainingState(**run["state"])
+    if parts.scheduler is not None and not with_optimizer:
+        parts.scheduler.step(increment=state.consumed_samples)
+    say(f"loaded {directory} at iteration {state.iteration}")
+    return state
+
+
+def restore_schedule(
+    scheduler: Any, saved: dict[str, Any], config: RunConfig, saved_config: dict[str, Any]
+) -> None:
+    """Bring the learning-rate scheduler to the checkpoint's position.
+
+    A decay length that only follows from `--train-iters` keeps the checkpoint's value, so that a run can be made
+    longer; `--override-opt_param-scheduler` takes all values from the command line instead.
+
+    Raises:
+        ConfigError: a value given on the command line differs from the checkpoint's.
+    """
+    schedule = config.schedule
+    is_forced = schedule.override_opt_param_scheduler or schedule.use_checkpoint_opt_param_scheduler
+    if not is_forced:
+        if _decay_follows_length(config.to_dict()) and _decay_follows_length(saved_config):
+            scheduler.lr_decay_steps = saved["lr_decay_steps"]
+            if schedule.lr_warmup_fraction is not None:
+                scheduler.lr_warmup_steps = saved["lr_warmup_steps"]
+        scheduler.wd_incr_steps = saved["wd_incr_steps"]
+        current = scheduler.state_dict()
+        for name, value in saved.items():
+            if name != "num_steps" and current[name] != value:
+                raise ConfigError(
+                    f"{name.replace('_', ' ')} is {current[name]} but the checkpoint was trained with {value}; give "
+                    "--override-opt_param-scheduler for the new value or --use-checkpoint-opt_param-scheduler for the old"
+                )
+    scheduler.load_state_dict(saved)
+
+
+def _decay_follows_length(config: dict[str, Any]) -> bool:
+    """Return whether the decay length is the length of the run, i.e. was not chosen for itself."""
+    schedule, training = config["schedule"], config["training"]
+    if training["train_iters"] is not None:
+        return bool(schedule["lr_decay_iters"] == training["train_iters"])
+    return bool(schedule["lr_decay_samples"] == training["train_samples"])

@@ -1,0 +1,151 @@
+"""Turn an interval's totals into a row and hand it to the log, metrics.jsonl, TensorBoard and W&B."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_let.config.run_config import RunConfig
+from megatron_let.mcore.parallel import ParallelContext
+from megatron_let.planning.flops import peak_flops, training_flops_per_token
+from megatron_let.training.alignment import AlignmentReport
+from megatron_let.training.metrics import (
+    JsonLines,
+    Sink,
+    TensorBoard,
+    TrainingRow,
+    ValidationRow,
+    WeightsAndBiases,
+    format_training_row,
+    format_validation_row,
+)
+from megatron_let.training.state import TrainingState
+
+
+class IntervalTotals:
+    """What has added up since the last log line."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.start()
+
+    def start(self) -> None:
+        """Forget everything: a new interval begins."""
+        self.loss = torch.zeros(2, dtype=torch.float64, device=self._device)  # [sum, count]
+        self.iterations = 0
+        self.samples = 0
+        self.seconds = 0.0
+        self.batch_size = 0
+        self.grad_norm: float | None = None
+        self.nan_iterations = 0
+
+    def add(
+        self, losses: list[torch.Tensor], grad_norm: float | None, is_updated: bool, batch_size: int, seconds: float
+    ) -> None:
+        """Add one iteration: its microbatches' [sum, count], gradient norm, size and time."""
+        for loss in losses:
+            self.loss += loss
+        self.iterations += 1
+        self.samples += batch_size
+        self.seconds += seconds
+        self.batch_size = batch_size
+        self.grad_norm = None if grad_norm is None else float(grad_norm)
+        if is_updated and self.grad_norm is not None and not math.isfinite(self.grad_norm):
+            self.nan_iterations += 1
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """The one rank that speaks: rank 0 writes, the others do nothing."""
+
+    config: RunConfig
+    context: ParallelContext
+    sinks: tuple[Sink, ...]
+    flops_per_token: float
+    peak: float | None
+
+    def say(self, text: str) -> None:
+        """Print a line, once for the whole run."""
+        self.context.say(text)
+
+    def training(
+        self,
+        state: TrainingState,
+        totals: IntervalTotals,
+        *,
+        lm_loss: float,
+        let_report: AlignmentReport | None,
+        let_weight: float | None,
+        learning_rate: float,
+        loss_scale: float,
+        total_iterations: int,
+    ) -> None:
+        """Report one logged iteration; all ranks bring the same reduced numbers."""
+        if self.context.rank != 0:
+            return
+        tokens_per_second = totals.samples * self.config.model.seq_length / totals.seconds
+        flops = tokens_per_second * self.flops_per_token / self.context.world_size
+        row = TrainingRow(
+            iteration=state.iteration,
+            consumed_samples=state.consumed_samples,
+            consumed_tokens=state.consumed_samples * self.config.model.seq_length,
+            lm_loss=lm_loss,
+            let_loss=None if let_report is None else let_report.loss,
+            let_cosine=None if let_report is None else let_report.cosine,
+            let_cosine_centered=None if let_report is None else let_report.centred_cosine,
+            let_weight=let_weight,
+            grad_norm=totals.grad_norm,
+            learning_rate=learning_rate,
+            global_batch_size=totals.batch_size,
+            loss_scale=loss_scale,
+            skipped_iterations=state.skipped_iterations,
+            nan_iterations=totals.nan_iterations,
+            iteration_ms=totals.seconds / totals.iterations * 1e3,
+            tokens_per_second=tokens_per_second,
+            tokens_per_second_per_device=tokens_per_second / self.context.world_size,
+            tflops_per_device=flops / 1e12,
+            mfu=None if self.peak is None else flops / self.peak,
+            elapsed_seconds=state.elapsed_seconds,
+        )
+        eta = (total_iterations - state.iteration) * totals.seconds / totals.iterations
+        self.context.say(format_training_row(row, train_iters=total_iterations, eta_seconds=eta))
+        for sink in self.sinks:
+            sink.write(row)
+
+    def validation(self, row: ValidationRow) -> None:
+        """Report one evaluation."""
+        if self.context.rank != 0:
+            return
+        self.context.say(format_validation_row(row))
+        for sink in self.sinks:
+            sink.write(row)
+
+    def close(self) -> None:
+        """Flush every sink."""
+        for sink in self.sinks:
+            sink.close()
+
+
+def build_reporter(
+    config: RunConfig, context: ParallelContext, *, padded_vocab_size: int, resumed_iteration: int
+) -> Reporter:
+    """Open the sinks of rank 0 and look up what speed is held against.
+
+    Raises:
+        ConfigError: a sink was asked for whose package is absent.
+    """
+    sinks: list[Sink] = []
+    if context.rank == 0:
+        if config.checkpoint.save is not None:
+            sinks.append(JsonLines(Path(config.checkpoint.save), resumed_iteration=resumed_iteration))
+        if config.logging.tensorboard_dir is not None:
+            sinks.append(TensorBoard(config.logging.tensorboard_dir))
+        if config.logging.wandb_project is not None:
+            sinks.append(WeightsAndBiases(config.logging, config.to_dict()))
+    device_name = torch.cuda.get_device_name(context.device) if context.is_on_gpu else ""
+    return Reporter(
+        config, context, tuple(sinks), training_flops_per_token(config, padded_vocab_size), peak_flops(device_name)
+    )

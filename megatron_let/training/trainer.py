@@ -1,0 +1,254 @@
+"""The training loop: iterate, log, validate, save, stop."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_let.config.batches import BatchPlan
+from megatron_let.config.run_config import RunConfig
+from megatron_let.errors import EXIT_DONE, EXIT_PREEMPTED
+from megatron_let.mcore.checkpoint import Parts
+from megatron_let.mcore.datasets import DataSplits
+from megatron_let.mcore.model import gathered_parameters
+from megatron_let.mcore.parallel import ParallelContext
+from megatron_let.mcore.schedule import run_schedule
+from megatron_let.training.alignment import Alignment
+from megatron_let.training.checkpoints import TokenizerRecord, save_checkpoint
+from megatron_let.training.evaluation import data_iterators, evaluate, reduce_loss
+from megatron_let.training.forward_step import LM_LOSS, ForwardStep
+from megatron_let.training.let_record import LetRecord
+from megatron_let.training.metrics import ValidationRow
+from megatron_let.training.report import IntervalTotals, Reporter
+from megatron_let.training.signals import StopRequest
+from megatron_let.training.state import TrainingState
+
+# Step times on either side of S_stop that the release line compares.
+_RELEASE_WINDOW = 10
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run works with, assembled by `training/build.py`."""
+
+    config: RunConfig
+    context: ParallelContext
+    parts: Parts
+    data: DataSplits
+    forward_step: ForwardStep
+    alignment: Alignment | None
+    let_record: LetRecord | None
+    reporter: Reporter
+    tokenizer: TokenizerRecord
+    batches: BatchPlan
+    total_iterations: int
+
+
+class Trainer:
+    """Runs the iterations of one run; `state` is all that changes."""
+
+    def __init__(self, run: Run, state: TrainingState, stop: StopRequest) -> None:
+        self.run = run
+        self.state = state
+        self._stop = stop
+        self._started = time.monotonic()
+        self._total = run.total_iterations
+        self._interval = IntervalTotals(run.context.device)
+        self._step_times: deque[float] = deque(maxlen=_RELEASE_WINDOW)
+        self._before_release: float | None = None
+        self._last_saved: int | None = state.iteration or None
+
+    def fit(self) -> int:
+        """Train to the end (or until told to stop) and return the exit code; every rank calls this."""
+        config = self.run.config
+        iterators = data_iterators(
+            config,
+            self.run.context,
+            self.run.parts.student,
+            self.run.forward_step,
+            self.run.data.train,
+            consumed_samples=self.state.consumed_samples,
+        )
+        if config.training.manual_gc:
+            gc.disable()
+        self._interval.start()
+        while self.state.iteration < self._total and not config.validation.skip_train:
+            self._release_teacher_when_due()
+            self._iterate(iterators)
+            self._after_iteration()
+            exit_code = self._exit_code()
+            if exit_code is not None:
+                self._save()
+                return exit_code
+        self._save()
+        self._validate(self.run.data.valid, "validation")
+        self._validate(self.run.data.test, "test")
+        return EXIT_DONE
+
+    def _iterate(self, iterators: list[Any]) -> None:
+        """One optimizer step over one global batch; an fp16 overflow skips the update and is counted."""
+        run, state, started = self.run, self.state, time.perf_counter()
+        student, optimizer, scheduler = run.parts.student, run.parts.optimizer, run.parts.scheduler
+        assert optimizer is not None and scheduler is not None, "a training run has an optimizer"
+        batch_size = run.batches.global_batch_size(state.consumed_samples)
+        num_microbatches = run.batches.num_microbatches(state.consumed_samples)
+        for chunk in student.chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        if run.alignment is not None:
+            run.alignment.begin_iteration(
+                state.iteration, num_microbatches=num_microbatches, loss_scale=optimizer.get_loss_scale()
+            )
+        reports = run_schedule(
+            run.config, student, run.forward_step, iterators, num_microbatches=num_microbatches, forward_only=False
+        )
+        if run.alignment is not None:
+            run.alignment.end_iteration()
+        is_updated, grad_norm, _ = optimizer.step()
+        if is_updated:
+            scheduler.step(increment=batch_size)
+        else:
+            state.skipped_iterations += 1
+        state.iteration += 1
+        state.consumed_samples += batch_size
+        seconds = time.perf_counter() - started
+        state.elapsed_seconds += seconds
+        self._step_times.append(seconds)
+        self._interval.add([report[LM_LOSS] for report in reports], grad_norm, is_updated, batch_size, seconds)
+
+    def _after_iteration(self) -> None:
+        config, iteration = self.run.config, self.state.iteration
+        self._say_release_when_measured()
+        if iteration % config.logging.log_interval == 0 or iteration == self._total:
+            self._log()
+        interval = config.training.manual_gc_interval
+        if config.training.manual_gc and interval and iteration % interval == 0:
+            gc.collect()
+        every = config.validation.eval_interval
+        if every and iteration % every == 0 and iteration < self._total:
+            self._validate(self.run.data.valid, "validation")
+        every = config.checkpoint.save_interval
+        if every and iteration % every == 0:
+            self._save()
+
+    def _log(self) -> None:
+        """Reduce the interval's numbers over all ranks and report them."""
+        run, totals = self.run, self._interval
+        lm_loss = reduce_loss(totals.loss, run.context)
+        let_report = None if run.alignment is None else run.alignment.collect()
+        let_weight = None
+        if run.alignment is not None and let_report is not None:
+            let_weight = run.alignment.objective.schedule.weight_at(self.state.iteration - 1)
+        run.reporter.training(
+            self.state,
+            totals,
+            lm_loss=lm_loss,
+            let_report=let_report,
+            let_weight=let_weight,
+            learning_rate=_learning_rate(run.parts.optimizer),
+            loss_scale=float(run.parts.optimizer.get_loss_scale()) if run.parts.optimizer else 1.0,
+            total_iterations=self._total,
+        )
+        totals.start()
+
+    def _validate(self, dataset: Any, name: str) -> None:
+        run = self.run
+        if dataset is None or run.config.validation.eval_iters == 0:
+            return
+        with self._gathered():
+            loss = evaluate(run.config, run.context, run.parts.student, run.forward_step, dataset)
+        if name == "validation":
+            run.reporter.validation(
+                ValidationRow(
+                    iteration=self.state.iteration,
+                    consumed_samples=self.state.consumed_samples,
+                    consumed_tokens=self.state.consumed_samples * run.config.model.seq_length,
+                    validation_lm_loss=loss,
+                    elapsed_seconds=self.state.elapsed_seconds,
+                )
+            )
+        else:
+            run.reporter.say(f" test loss at the end of training | lm loss value: {loss:.6E} |")
+
+    def _save(self) -> None:
+        """Save the current iteration unless it is saved already or there is nowhere to."""
+        run = self.run
+        if run.config.checkpoint.save is None or self._last_saved == self.state.iteration:
+            return
+        if run.config.validation.skip_train:
+            return
+        started = time.monotonic()
+        with self._gathered():
+            save_checkpoint(
+                run.config,
+                run.context,
+                run.parts,
+                self.state,
+                let_record=run.let_record,
+                tokenizer=run.tokenizer,
+            )
+        self._last_saved = self.state.iteration
+        run.reporter.say(
+            f" saved checkpoint of iteration {self.state.iteration} to {run.config.checkpoint.save} "
+            f"in {time.monotonic() - started:.1f} s"
+        )
+
+    def _gathered(self) -> AbstractContextManager[None]:
+        return gathered_parameters(self.run.config, self.run.parts.student)
+
+    def _exit_code(self) -> int | None:
+        """Return the code to leave with after this iteration, or None to go on; all ranks agree."""
+        training, say = self.run.config.training, self.run.reporter.say
+        if self.state.iteration >= self._total:
+            return None
+        if training.exit_signal_handler and self.run.context.any_rank(self._stop.signal_name is not None):
+            say(f" exiting at iteration {self.state.iteration}: received {self._stop.signal_name or 'a signal'}")
+            return EXIT_PREEMPTED
+        if training.exit_duration_in_mins is not None:
+            minutes = (time.monotonic() - self._started) / 60.0
+            if self.run.context.any_rank(minutes > training.exit_duration_in_mins):
+                say(f" exiting at iteration {self.state.iteration} after {minutes:.1f} minutes")
+                return EXIT_PREEMPTED
+        if training.exit_interval and self.state.iteration % training.exit_interval == 0:
+            say(f" exiting at iteration {self.state.iteration} (--exit-interval)")
+            return EXIT_PREEMPTED
+        return None
+
+    def _release_teacher_when_due(self) -> None:
+        """At S_stop drop the teacher everywhere; its ranks give its memory back."""
+        alignment = self.run.alignment
+        if alignment is None or alignment.is_released:
+            return
+        if alignment.objective.schedule.is_active_at(self.state.iteration):
+            return
+        alignment.release()
+        if self._step_times:
+            self._before_release = statistics.median(self._step_times)
+            self._step_times.clear()
+
+    def _say_release_when_measured(self) -> None:
+        is_measured = len(self._step_times) == _RELEASE_WINDOW or self.state.iteration == self._total
+        if self._before_release is None or not is_measured or self.run.alignment is None:
+            return
+        after = statistics.median(self._step_times)
+        self.run.reporter.say(
+            f" LET teacher released at iteration {self.run.alignment.objective.schedule.stop_iteration}: iteration time "
+            f"{self._before_release * 1e3:.1f} ms before, {after * 1e3:.1f} ms after"
+        )
+        self._before_release = None
+
+
+def _learning_rate(optimizer: Any) -> float:
+    """Return the learning rate of the first parameter group that follows the run's own schedule."""
+    groups = optimizer.param_groups
+    return float(next((group["lr"] for group in groups if group.get("default_config")), groups[0]["lr"]))
+
+

@@ -1,0 +1,31 @@
+"""Pretrain a GPT with megatron-core, plain or guided by a small frozen teacher (LET, arXiv 2602.05393).
+
+    python -m megatron_let.launch --nproc-per-node 8 pretrain_let.py --num-layers 24 ... --let-teacher-load DIR
+
+Flags: docs/flags.md, or --help.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from megatron_let.config.derive import resolve
+from megatron_let.entry import RunReport, end_program, run_main
+from megatron_let.mcore.parallel import parallel_context
+from megatron_let.training.arguments import parse_arguments
+from megatron_let.training.build import build_trainer
+from megatron_let.training.signals import stop_on_signal
+
+
+def main(report: RunReport) -> int:
+    """Parse, build, fit; return the exit code."""
+    config = resolve(parse_arguments(sys.argv[1:]), int(os.environ.get("WORLD_SIZE", "1")))
+    if config.checkpoint.save is not None:
+        report.saves_to(config.checkpoint.save)
+    with stop_on_signal(is_on=config.training.exit_signal_handler) as stop, parallel_context(config) as context:
+        return build_trainer(config, context, stop).fit()
+
+
+if __name__ == "__main__":
+    end_program(run_main(main))

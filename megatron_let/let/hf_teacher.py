@@ -68,11 +68,17 @@ def load_hf_teacher(
         )
     middle_layer = layer if layer is not None and layer < num_layers else None
     body = _load_body(directory, config, middle_layer, dtype=dtype, trust_remote_code=trust_remote_code)
-    teacher = HFTeacher(
-        body, middle_layer, description=_describe(directory, body, layer or num_layers, num_layers)
-    )
-    teacher.to(device)
-    _check_causal(teacher, directory)
+    description = _describe(directory, body, layer or num_layers, num_layers)
+    body.to(device)  # the device alone: rotary frequencies stay in fp32 whatever the weights' dtype
+    try:
+        teacher = HFTeacher(body, middle_layer, description=description)
+        is_causal = _is_causal(teacher)
+    except RUN_ERRORS as error:
+        raise config_error(directory, "cannot be run on token ids alone", error) from error
+    if not is_causal:
+        raise config_error(
+            directory, "is no causal language model: a token's state depends on the tokens after it"
+        )
     return teacher
 
 
@@ -134,7 +140,6 @@ class HFTeacher(Teacher):
             return states
 
     def to(self, device: torch.device | str) -> HFTeacher:
-        # the device alone: rotary frequencies stay in fp32 whatever the weights' dtype
         self._body.to(device)
         return self
 

@@ -74,9 +74,9 @@ def segment_states(teacher: Teacher, tokens: Tensor, document_starts: Tensor | N
     window = min(length, teacher.context_length or length)
     if document_starts is not None:
         assert document_starts.shape == tokens.shape, "document_starts must have the shape of tokens"
-        segments = _cut(document_starts, window)
-        if len(segments.starts) > num_rows:
-            return _scatter_segments(teacher, tokens, segments)
+        is_start = document_starts.detach().to("cpu", torch.bool)
+        if is_start[:, 1:].any():
+            return _scatter_segments(teacher, tokens, _cut(is_start, window))
     if window == length:
         return teacher.states(tokens)
     if length % window == 0:

@@ -1,0 +1,113 @@
+"""Check a Hugging Face model directory before anything is built from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_let.errors import ConfigError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+
+
+def config_error(directory: Path, problem: str, cause: Exception | None = None) -> ConfigError:
+    """Return the one-line error for a teacher directory, the cause's message shortened behind it."""
+    message = f"teacher {directory} {problem}"
+    if cause is not None:
+        message += f": {shorten(cause)}"
+    return ConfigError(message)
+
+
+def shorten(error: Exception, limit: int = 300) -> str:
+    """Return an error's message on one line of at most `limit` characters, or its class where it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
+    """Return the `transformers` configuration of a decoder-only language model.
+
+    Raises:
+        ConfigError: no such directory, no readable config.json, or not that kind of model.
+    """
+    if not directory.is_dir():
+        raise config_error(directory, "is not a directory" if directory.exists() else "does not exist")
+    if not (directory / "config.json").is_file():
+        raise config_error(directory, "is not a Hugging Face model: it has no config.json")
+    from transformers import AutoConfig
+
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise config_error(directory, "has a config.json that transformers cannot use", error) from error
+    if config.is_encoder_decoder:
+        raise config_error(
+            directory, f"is an encoder-decoder ({config.model_type}), not a causal language model"
+        )
+    if config.get_text_config() is not config or getattr(config, "num_hidden_layers", None) is None:
+        raise config_error(
+            directory, f"({config.model_type}) is not a plain text decoder with numbered layers"
+        )
+    return config
+
+
+def check_safetensors(directory: Path) -> None:
+    """Open the header of every weight file, which also compares its length with what the header promises.
+
+    Raises:
+        ConfigError: no safetensors weights, a shard missing, or a file cut off or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in _weight_files(directory):
+        if not file.is_file():
+            raise config_error(directory, f"lacks {file.name}, which its {INDEX_FILE} names")
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise config_error(directory, f"has a damaged or cut-off {file.name}", error) from error
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if (directory / SINGLE_FILE).is_file():
+        return [directory / SINGLE_FILE]
+    index = directory / INDEX_FILE
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise config_error(directory, f"has an unreadable {INDEX_FILE}", error) from error
+        return sorted(directory / str(name) for name in names)
+    pickles = sorted(file.name for file in directory.iterdir() if file.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise config_error(
+            directory,
+            f"holds only pickle weights ({pickles[0]}), which can run code when read; load it once where you trust it "
+            "and write it with save_pretrained, which makes safetensors",
+        )
+    raise config_error(directory, f"holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the library's notices and progress bars for a while: every rank would print them, and we check more."""
+    from transformers.utils import logging
+
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()

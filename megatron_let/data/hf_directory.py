@@ -54,7 +54,7 @@ def load_auto_tokenizer(name_or_path: str) -> Any:
             raise ConfigError(
                 f"tokenizer {name_or_path} is neither a directory nor in the local Hugging Face cache"
             ) from error
-        raise ConfigError(f"cannot load the tokenizer in {name_or_path}: {_first_line(error)}") from error
+        raise ConfigError(f"cannot load the tokenizer in {name_or_path}: {first_line(error)}") from error
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
@@ -72,5 +72,6 @@ def end_of_document_id_of(tokenizer: Any) -> int | None:
     return None if token_id is None else int(token_id)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of another library's message, which may fill a page."""
     return next(iter(str(error).splitlines()), type(error).__name__).strip()

@@ -88,6 +88,17 @@ class BackendEncoder(BatchEncoder):
         # The fast variant leaves out character offsets.
         return [item.ids for item in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def __getstate__(self) -> tuple[str, bool]:
+        """Pickle as JSON, which leaves out the one setting that is kept beside it."""
+        return self.backend.to_str(), self.backend.encode_special_tokens
+
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        """See __getstate__."""
+        from tokenizers import Tokenizer as Backend
+
+        self.backend = Backend.from_str(state[0])
+        self.backend.encode_special_tokens = state[1]
+
 
 class SlowHuggingFaceEncoder(BatchEncoder):
     """Encodes with a transformers tokenizer written in Python."""
@@ -262,7 +273,9 @@ def _gpt2_backend(vocab_file: str, merge_file: str) -> Any:
     try:
         backend = Tokenizer(models.BPE.from_file(vocab_file, merge_file))
     except Exception as error:  # tokenizers raises a bare Exception
-        raise ConfigError(f"GPT2BPETokenizer: cannot read {vocab_file} and {merge_file}: {error}") from error
+        raise ConfigError(
+            f"GPT2BPETokenizer: cannot read {vocab_file} and {merge_file}: {hf_directory.first_line(error)}"
+        ) from error
     if backend.token_to_id(GPT2_END_OF_TEXT) is None:
         raise ConfigError(
             f"GPT2BPETokenizer: {vocab_file} has no {GPT2_END_OF_TEXT}, so documents have no end"
@@ -279,7 +292,9 @@ def _load_sentencepiece(model_file: str) -> SentencePieceEncoder:
     try:
         return SentencePieceEncoder(Path(model_file).read_bytes())
     except (RuntimeError, OSError) as error:
-        raise ConfigError(f"cannot load the SentencePiece model {model_file}: {error}") from error
+        raise ConfigError(
+            f"cannot load the SentencePiece model {model_file}: {hf_directory.first_line(error)}"
+        ) from error
 
 
 def _sentencepiece_processor(model: bytes) -> Any:

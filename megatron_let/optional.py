@@ -23,3 +23,8 @@ def has_tensorboard() -> bool:
 def has_wandb() -> bool:
     """Return whether the Weights & Biases client is installed."""
     return find_spec("wandb") is not None
+
+
+def has_zstandard() -> bool:
+    """Return whether zstd-compressed input can be read."""
+    return find_spec("zstandard") is not None

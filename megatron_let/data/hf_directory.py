@@ -1,0 +1,77 @@
+"""Tokenizers kept in the Hugging Face form: a directory (or a name in the local cache) read by transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_let.errors import ConfigError
+
+# Any one of these makes a directory a tokenizer directory.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+
+def has_tokenizer_files(path: str | Path) -> bool:
+    """Return whether the directory `path` holds at least one file of a Hugging Face tokenizer."""
+    return any((Path(path) / name).is_file() for name in TOKENIZER_FILES)
+
+
+def load_auto_tokenizer(name_or_path: str) -> Any:
+    """Load a tokenizer with transformers' AutoTokenizer, from local files and without remote code.
+
+    A directory is read in place; any other string is looked up in the local Hugging Face cache. The network
+    is never asked. Truncation and padding stored with the tokenizer are switched off: they would cut documents.
+
+    Raises:
+        ConfigError: nothing is found, the directory has no tokenizer, or it needs code of its own.
+    """
+    is_directory = Path(name_or_path).is_dir()
+    if is_directory and not has_tokenizer_files(name_or_path):
+        raise ConfigError(
+            f"no tokenizer in directory {name_or_path}: expected tokenizer.json or tokenizer_config.json"
+        )
+    if Path(name_or_path).is_file():
+        raise ConfigError(
+            f"{name_or_path} is a file: HuggingFaceTokenizer takes a directory "
+            "(SentencePieceTokenizer takes a .model file)"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers and tokenizers raise anything down to a bare Exception
+        if not is_directory:
+            raise ConfigError(
+                f"tokenizer {name_or_path} is neither a directory nor in the local Hugging Face cache"
+            ) from error
+        raise ConfigError(f"cannot load the tokenizer in {name_or_path}: {first_line(error)}") from error
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def token_to_id_of(tokenizer: Any) -> dict[str, int]:
+    """Return the full map of a transformers tokenizer, added tokens included."""
+    return {str(token): int(token_id) for token, token_id in tokenizer.get_vocab().items()}
+
+
+def end_of_document_id_of(tokenizer: Any) -> int | None:
+    """Return the id that ends a document: eos, or sep where there is no eos (Megatron's wrapper does the same)."""
+    token_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    return None if token_id is None else int(token_id)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of another library's message, which may fill a page."""
+    return next(iter(str(error).splitlines()), type(error).__name__).strip()

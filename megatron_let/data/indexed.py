@@ -1,0 +1,190 @@
+"""Megatron's indexed token files: PREFIX.bin holds ids back to back, PREFIX.idx says where sequences lie.
+
+Layout of PREFIX.idx, little-endian, nothing aligned:
+    9 bytes magic, u64 version (1), u8 id type, u64 S sequences, u64 D document bounds,
+    i32 [S] lengths in tokens, i64 [S] byte offsets in .bin, i64 [D] first sequence of each document, last S.
+Source: the reader and writer in megatron.core.datasets.indexed_dataset; written here anew, and without
+multimodal modes. A loader that maps a damaged pair reads wrong tokens or dies far from the cause, hence the checks.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from megatron_let.errors import ConfigError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+VERSION = 1
+LENGTH_BYTES, POINTER_BYTES, BOUND_BYTES = 4, 8, 8
+
+# Only the integer types: megatron and gpt-neox disagree on 6 and 7, and no id is a float.
+DTYPE_OF_CODE = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+CODE_OF_DTYPE = {name: code for code, name in DTYPE_OF_CODE.items()}
+
+_SCAN_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class IndexedSummary:
+    """What a whole pair of files holds."""
+
+    prefix: str
+    dtype: str
+    documents: int
+    sequences: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Header:
+    dtype: str
+    sequences: int
+    bounds: int
+
+    @property
+    def width(self) -> int:
+        return int(np.dtype(self.dtype).itemsize)
+
+    @property
+    def index_size(self) -> int:
+        per_sequence = LENGTH_BYTES + POINTER_BYTES
+        return HEADER.size + per_sequence * self.sequences + BOUND_BYTES * self.bounds
+
+
+def dtype_for_vocabulary(vocab_size: int) -> str:
+    """Return the id type by Megatron's rule: uint16 below 65,500 ids, int32 from there on."""
+    return "uint16" if vocab_size < 65500 else "int32"
+
+
+def check_indexed(prefix: str) -> IndexedSummary:
+    """Check that the two files of `prefix` are whole and belong together; reads a few bytes of each.
+
+    Raises:
+        ConfigError: a file is missing, not an index, cut off, empty, or of another pair.
+    """
+    index_path, data_path = _require_files(prefix)
+    index_size, data_size = index_path.stat().st_size, data_path.stat().st_size
+    with index_path.open("rb") as stream:
+        header = _read_header(stream, index_path)
+        _check_index_size(header, index_path, index_size)
+        if header.sequences == 0 or header.bounds < 2 or data_size == 0:
+            raise ConfigError(f"{prefix} holds no tokens: the data set is empty")
+        length, pointer, first_bound, last_bound = _read_ends(stream, header)
+    if first_bound != 0 or last_bound != header.sequences:
+        raise ConfigError(
+            f"{index_path} is damaged: its documents do not cover its {header.sequences} sequences"
+        )
+    expected = pointer + length * header.width
+    if length < 0 or pointer < 0 or expected != data_size:
+        cause = "cut off" if expected > data_size else "of another run"
+        raise ConfigError(
+            f"{data_path} has {data_size} bytes but {index_path.name} describes {expected}: "
+            f"one of them is {cause}; preprocess the data again"
+        )
+    return IndexedSummary(
+        prefix=prefix,
+        dtype=header.dtype,
+        documents=header.bounds - 1,
+        sequences=header.sequences,
+        tokens=data_size // header.width,
+    )
+
+
+def max_token_id(prefix: str) -> int:
+    """Return the largest id in PREFIX.bin, read in blocks of 64 MiB: for data without a manifest.
+
+    Raises:
+        ConfigError: as check_indexed, or the data holds a negative id.
+    """
+    summary = check_indexed(prefix)
+    dtype = np.dtype(summary.dtype)
+    largest = 0
+    with Path(f"{prefix}.bin").open("rb") as stream:
+        while block := stream.read(_SCAN_BYTES):
+            ids = np.frombuffer(block, dtype=dtype)
+            if int(ids.min()) < 0:
+                raise ConfigError(f"{prefix}.bin holds the negative token id {int(ids.min())}")
+            largest = max(largest, int(ids.max()))
+    return largest
+
+
+def read_document(prefix: str, document: int) -> Any:
+    """Return the ids [n] of one document, all its sequences joined.
+
+    Raises:
+        ConfigError: as check_indexed, or there is no such document.
+    """
+    summary = check_indexed(prefix)
+    if not 0 <= document < summary.documents:
+        raise ConfigError(f"{prefix} has documents 0 to {summary.documents - 1}, not {document}")
+    pointers_at = HEADER.size + LENGTH_BYTES * summary.sequences
+    bounds_at = pointers_at + POINTER_BYTES * summary.sequences
+    width = np.dtype(summary.dtype).itemsize
+    with Path(f"{prefix}.idx").open("rb") as index, Path(f"{prefix}.bin").open("rb") as data:
+        first, last = _unpack(index, bounds_at + BOUND_BYTES * document, "<qq")
+        if first == last:
+            return np.empty(0, dtype=summary.dtype)
+        (begin,) = _unpack(index, pointers_at + POINTER_BYTES * first, "<q")
+        end = summary.tokens * width
+        if last < summary.sequences:
+            (end,) = _unpack(index, pointers_at + POINTER_BYTES * last, "<q")
+        if not 0 <= begin <= end <= summary.tokens * width:
+            raise ConfigError(f"{prefix}.idx is damaged: document {document} spans bytes {begin} to {end}")
+        data.seek(begin)
+        return np.frombuffer(data.read(end - begin), dtype=summary.dtype)
+
+
+def _require_files(prefix: str) -> tuple[Path, Path]:
+    index_path, data_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    missing = [path.name for path in (index_path, data_path) if not path.is_file()]
+    if not missing:
+        return index_path, data_path
+    if prefix.endswith((".bin", ".idx")) and Path(prefix).is_file():
+        raise ConfigError(f"{prefix} is one file of a pair: give its path without {prefix[-4:]}")
+    raise ConfigError(f"data set {prefix} has no {' and no '.join(missing)}: both files are needed")
+
+
+def _read_header(stream: BinaryIO, path: Path) -> _Header:
+    content = stream.read(HEADER.size)
+    if content[: len(MAGIC)] != MAGIC:
+        raise ConfigError(f"{path} is not a Megatron index: wrong first bytes {content[: len(MAGIC)]!r}")
+    if len(content) < HEADER.size:
+        raise ConfigError(f"{path} is cut off inside its header: {len(content)} of {HEADER.size} bytes")
+    _, version, code, sequences, bounds = HEADER.unpack(content)
+    if version != VERSION:
+        raise ConfigError(f"{path} has index version {version}, only {VERSION} is known")
+    if code not in DTYPE_OF_CODE:
+        raise ConfigError(f"{path} has id type code {code}, allowed are {sorted(DTYPE_OF_CODE)}")
+    return _Header(dtype=DTYPE_OF_CODE[code], sequences=sequences, bounds=bounds)
+
+
+def _check_index_size(header: _Header, path: Path, size: int) -> None:
+    """Compare sizes before anything is read by count: a damaged header may claim 2^64 sequences."""
+    if size == header.index_size:
+        return
+    if header.sequences and size == header.index_size + header.sequences:
+        raise ConfigError(f"{path} is a multimodal index (one mode per sequence), which is not supported")
+    cause = "cut off" if size < header.index_size else "damaged"
+    raise ConfigError(f"{path} is {cause}: {size} bytes, its header asks for {header.index_size}")
+
+
+def _read_ends(stream: BinaryIO, header: _Header) -> tuple[int, int, int, int]:
+    """Return the last sequence's length and pointer, and the first and last document bound."""
+    pointers_at = HEADER.size + LENGTH_BYTES * header.sequences
+    bounds_at = pointers_at + POINTER_BYTES * header.sequences
+    (length,) = _unpack(stream, pointers_at - LENGTH_BYTES, "<i")
+    (pointer,) = _unpack(stream, bounds_at - POINTER_BYTES, "<q")
+    (first_bound,) = _unpack(stream, bounds_at, "<q")
+    (last_bound,) = _unpack(stream, bounds_at + BOUND_BYTES * (header.bounds - 1), "<q")
+    return length, pointer, first_bound, last_bound
+
+
+def _unpack(stream: BinaryIO, offset: int, layout: str) -> tuple[int, ...]:
+    stream.seek(offset)
+    return struct.unpack(layout, stream.read(struct.calcsize(layout)))

@@ -1,0 +1,122 @@
+"""`PREFIX.manifest.json`: what a pair of token files was made from. Training checks its tokenizer fingerprint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_let.data.indexed import IndexedSummary
+from megatron_let.errors import ConfigError
+
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One input file, as it was when read."""
+
+    path: str
+    size: int
+    """Bytes on disk, compressed where the file is."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record beside PREFIX.bin and PREFIX.idx. Documents in = `documents` + the sum of `skipped`."""
+
+    tokenizer_type: str
+    tokenizer_name: str
+    """Path or size, for messages; the fingerprint is what counts."""
+    tokenizer_fingerprint: str | None
+    vocab_size: int
+    """The tokenizer's largest id + 1."""
+    eod: int
+    append_eod: bool
+    json_key: str
+    dtype: str
+    """Numpy name of the ids' type in PREFIX.bin."""
+    max_token_id: int
+    """Largest id that occurs in PREFIX.bin."""
+    documents: int
+    sequences: int
+    tokens: int
+    bytes: int
+    """UTF-8 bytes of the texts that were written."""
+    sources: tuple[SourceFile, ...]
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Records that gave no document, by reason."""
+    skipped_examples: tuple[str, ...] = ()
+    """The first few of them: file, line, reason."""
+    tool_version: str = ""
+    version: int = MANIFEST_VERSION
+
+
+def manifest_path(prefix: str) -> Path:
+    """Return the manifest's path for the data prefix (the path without .bin or .idx)."""
+    return Path(f"{prefix}.manifest.json")
+
+
+def write_manifest(prefix: str, manifest: Manifest) -> None:
+    """Write the manifest in one step: a reader sees the old file or the whole new one."""
+    path = manifest_path(prefix)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        json.dump(asdict(manifest), stream, indent=2)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+def read_manifest(prefix: str) -> Manifest | None:
+    """Read the manifest of a data prefix, None when there is none.
+
+    Fields that this version does not know are left out, so a later minor addition stays readable.
+
+    Raises:
+        ConfigError: the file is not a manifest, lacks a field, or is of a later version.
+    """
+    path = manifest_path(prefix)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the manifest {path}: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("version"), int):
+        raise ConfigError(f"{path} is not a manifest: it has no version number")
+    if content["version"] > MANIFEST_VERSION:
+        raise ConfigError(
+            f"{path} has version {content['version']}, this program reads up to {MANIFEST_VERSION}: update it"
+        )
+    return _from_json(content, path)
+
+
+def require_manifest_of(manifest: Manifest, summary: IndexedSummary) -> None:
+    """Check that the manifest describes these very files, not an earlier pair of the same name.
+
+    Raises:
+        ConfigError: the counts differ.
+    """
+    for name in ("documents", "sequences", "tokens", "dtype"):
+        stated, found = getattr(manifest, name), getattr(summary, name)
+        if stated != found:
+            raise ConfigError(
+                f"{manifest_path(summary.prefix)} belongs to other files: it states {name} {stated}, "
+                f"{summary.prefix}.idx has {found}; preprocess the data again or delete the manifest"
+            )
+
+
+def _from_json(content: dict[str, Any], path: Path) -> Manifest:
+    known = {item.name for item in fields(Manifest)}
+    values = {name: value for name, value in content.items() if name in known}
+    try:
+        values["sources"] = tuple(SourceFile(item["path"], item["size"]) for item in values["sources"])
+        values["skipped_examples"] = tuple(values.get("skipped_examples", ()))
+        return Manifest(**values)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not a whole manifest: {error}; preprocess the data again") from error

@@ -1,0 +1,61 @@
+"""Progress as plain lines with rate and time left: the same in a terminal and in a log file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ProgressMeter:
+    """Counts work done and says so, whenever another `log_interval` documents are through."""
+
+    total_bytes: int
+    """Size on disk of everything to read."""
+    log_interval: int
+    """Documents between two lines."""
+    write: Callable[[str], None]
+    clock: Callable[[], float] = time.monotonic
+    min_seconds: float = 1.0
+    """Least time between two lines."""
+    documents: int = 0
+    tokens: int = 0
+    content_bytes: int = 0
+    read_bytes: int = 0
+    _started: float = field(init=False)
+    _last_line: float = field(init=False)
+    _last_documents: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._started = self._last_line = self.clock()
+
+    def add(self, *, documents: int, tokens: int, content_bytes: int, read_bytes: int) -> None:
+        """Count work done: records, tokens, bytes of text, and how far the input is read on disk in all."""
+        self.documents += documents
+        self.tokens += tokens
+        self.content_bytes += content_bytes
+        self.read_bytes = read_bytes
+        now = self.clock()
+        is_due = self.documents // self.log_interval > self._last_documents // self.log_interval
+        if is_due and now - self._last_line >= self.min_seconds:
+            self._last_line, self._last_documents = now, self.documents
+            self.write(self.line())
+
+    def line(self) -> str:
+        """Return the state in one line."""
+        seconds = max(self.clock() - self._started, 1e-9)
+        done = self.read_bytes / self.total_bytes if self.total_bytes else 1.0
+        left = seconds * (1 - done) / done if done else 0.0
+        return (
+            f"processed {self.documents:,} records, {100 * done:.1f} % of {self.total_bytes / 1e6:,.1f} MB | "
+            f"{self.content_bytes / 1e6 / seconds:.2f} MB/s, {self.documents / seconds:,.0f} records/s, "
+            f"{self.tokens / seconds:,.0f} tokens/s | elapsed {format_seconds(seconds)}, "
+            f"ETA {format_seconds(left)}"
+        )
+
+
+def format_seconds(seconds: float) -> str:
+    """Return H:MM:SS."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

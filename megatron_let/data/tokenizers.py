@@ -1,0 +1,337 @@
+"""Tokenizers under Megatron-LM's names, with the few properties that training and preprocessing need.
+
+Libraries are imported when a tokenizer is built, so that importing this module costs nothing. Ids are those that
+Megatron-LM core_v0.16.1 writes by default: no bos in front, special tokens written out in a text are recognised.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_let.data import hf_directory
+from megatron_let.data.fingerprint import document_special_ids, fingerprint_of, fingerprint_of_hf_tokenizer
+from megatron_let.errors import ConfigError
+
+SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+TOKENIZER_TYPES = ("HuggingFaceTokenizer", "GPT2BPETokenizer", *SENTENCEPIECE_TYPES, "NullTokenizer")
+
+# megatron.core's own mark for "no pad token in the data": no label equals it, so no loss is masked.
+NO_PAD = -1
+GPT2_END_OF_TEXT = "<|endoftext|>"
+
+
+class BatchEncoder(ABC):
+    """Turns texts into ids and nothing else: small enough to send to a worker process."""
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, without bos or eod. Raises ValueError for a text that has none."""
+
+
+class Tokenizer(ABC):
+    """What training and preprocessing may ask of a tokenizer."""
+
+    tokenizer_type: str
+    """Megatron-LM's name of the kind."""
+    name: str
+    """Where it came from: absolute path, cache name or size."""
+    vocab_size: int
+    """Largest id + 1: the smallest embedding that no id overruns."""
+    eod: int
+    """Id that ends a document."""
+    pad: int
+    """Id whose labels carry no loss, or -1."""
+    fingerprint: str | None
+    """See `fingerprint.py`; None for NullTokenizer, which has no vocabulary."""
+
+    @abstractmethod
+    def batch_encoder(self) -> BatchEncoder:
+        """Return the picklable part that encodes."""
+
+    @abstractmethod
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`, special tokens written out."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of `text`, without bos or eod."""
+        return self.batch_encoder().encode_batch([text])[0]
+
+    @property
+    def unique_identifiers(self) -> OrderedDict[str, Any]:
+        """Return what megatron.core hashes into the name of a dataset's index cache (JSON-serialisable).
+
+        The vocabulary counts, not its path: a moved tokenizer keeps its cache, a changed one loses it.
+        """
+        return OrderedDict(
+            [
+                ("class", type(self).__name__),
+                ("tokenizer_type", self.tokenizer_type),
+                ("fingerprint", self.fingerprint),
+                ("vocab_size", self.vocab_size),
+                ("eod", self.eod),
+            ]
+        )
+
+
+class BackendEncoder(BatchEncoder):
+    """Encodes with a `tokenizers.Tokenizer`: the Rust side of a fast tokenizer, without transformers."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See BatchEncoder."""
+        # The fast variant leaves out character offsets.
+        return [item.ids for item in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def __getstate__(self) -> tuple[str, bool]:
+        """Pickle as JSON, which leaves out the one setting that is kept beside it."""
+        return self.backend.to_str(), self.backend.encode_special_tokens
+
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        """See __getstate__."""
+        from tokenizers import Tokenizer as Backend
+
+        self.backend = Backend.from_str(state[0])
+        self.backend.encode_special_tokens = state[1]
+
+
+class SlowHuggingFaceEncoder(BatchEncoder):
+    """Encodes with a transformers tokenizer written in Python."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See BatchEncoder."""
+        return [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer directory of Hugging Face's form. eod is its eos."""
+
+    tokenizer_type = "HuggingFaceTokenizer"
+
+    def __init__(self, name_or_path: str) -> None:
+        self._tokenizer = hf_directory.load_auto_tokenizer(name_or_path)
+        self.name = _absolute(name_or_path)
+        self.vocab_size = _largest_id(hf_directory.token_to_id_of(self._tokenizer), self.name) + 1
+        self.eod = _require_eod(hf_directory.end_of_document_id_of(self._tokenizer), self.name)
+        self.pad = _pad_or_none(self._tokenizer.pad_token_id, self.eod)
+        self.fingerprint = fingerprint_of_hf_tokenizer(self._tokenizer)
+
+    def batch_encoder(self) -> BatchEncoder:
+        """See Tokenizer."""
+        if self._tokenizer.is_fast:
+            return BackendEncoder(self._tokenizer.backend_tokenizer)
+        return SlowHuggingFaceEncoder(self._tokenizer)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """See Tokenizer."""
+        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+class GPT2BPETokenizer(Tokenizer):
+    """GPT-2's byte-level BPE from vocab.json and merges.txt. eod is <|endoftext|>."""
+
+    tokenizer_type = "GPT2BPETokenizer"
+
+    def __init__(self, vocab_file: str, merge_file: str) -> None:
+        self._backend = _gpt2_backend(vocab_file, merge_file)
+        self.name = _absolute(vocab_file)
+        token_to_id: Mapping[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = _largest_id(token_to_id, self.name) + 1
+        self.eod = self._backend.token_to_id(GPT2_END_OF_TEXT)
+        self.pad = NO_PAD
+        self.fingerprint = fingerprint_of(token_to_id, document_special_ids(eos=self.eod, bos=self.eod))
+
+    def batch_encoder(self) -> BatchEncoder:
+        """See Tokenizer."""
+        return BackendEncoder(self._backend)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """See Tokenizer."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+
+
+class SentencePieceEncoder(BatchEncoder):
+    """Encodes with a SentencePiece model given as bytes; the processor is made again after unpickling."""
+
+    def __init__(self, model: bytes) -> None:
+        self.model = model
+        self.processor = _sentencepiece_processor(model)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See BatchEncoder."""
+        return [self.processor.encode_as_ids(text) for text in texts]
+
+    def __reduce__(self) -> tuple[type[SentencePieceEncoder], tuple[bytes]]:
+        """Send the model's bytes only."""
+        return SentencePieceEncoder, (self.model,)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece .model file; Megatron's three names for it give the same ids. eod is its eos."""
+
+    def __init__(self, model_file: str, tokenizer_type: str) -> None:
+        self.tokenizer_type = tokenizer_type
+        self.name = _absolute(model_file)
+        self._encoder = _load_sentencepiece(model_file)
+        processor = self._encoder.processor
+        self.vocab_size = processor.get_piece_size()
+        self.eod = _require_eod(_known(processor.eos_id()), self.name)
+        self.pad = _pad_or_none(_known(processor.pad_id()), self.eod)
+        token_to_id = {processor.id_to_piece(index): index for index in range(self.vocab_size)}
+        special_ids = document_special_ids(eos=self.eod, bos=_known(processor.bos_id()))
+        self.fingerprint = fingerprint_of(token_to_id, special_ids)
+
+    def batch_encoder(self) -> BatchEncoder:
+        """See Tokenizer."""
+        return self._encoder
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """See Tokenizer."""
+        return str(self._encoder.processor.decode_ids([int(token_id) for token_id in ids]))
+
+
+class NullEncoder(BatchEncoder):
+    """Reads ids written as decimal numbers between single spaces."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See BatchEncoder."""
+        batch = [[int(number) for number in text.split(" ")] for text in texts]
+        if any(not 0 <= token_id < self.vocab_size for ids in batch for token_id in ids):
+            raise ValueError(f"a token id is outside 0..{self.vocab_size - 1}")
+        return batch
+
+
+class NullTokenizer(Tokenizer):
+    """No vocabulary: texts are numbers. `vocab_size` N means N + 1 ids, the last of which ends documents."""
+
+    tokenizer_type = "NullTokenizer"
+
+    def __init__(self, vocab_size: int) -> None:
+        self.name = str(vocab_size)
+        self.vocab_size = vocab_size + 1
+        self.eod = vocab_size
+        self.pad = NO_PAD
+        self.fingerprint = None
+
+    def batch_encoder(self) -> BatchEncoder:
+        """See Tokenizer."""
+        return NullEncoder(self.vocab_size)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """See Tokenizer."""
+        return " ".join(str(token_id) for token_id in ids)
+
+
+def build_tokenizer(
+    *,
+    tokenizer_type: str | None,
+    tokenizer_model: str | None = None,
+    vocab_file: str | None = None,
+    merge_file: str | None = None,
+    vocab_size: int | None = None,
+) -> Tokenizer:
+    """Build the tokenizer that Megatron-LM's flags of the same names describe.
+
+    Raises:
+        ConfigError: unknown type, a flag that the type needs is absent, a missing or broken file, no eos.
+    """
+    if tokenizer_type == "HuggingFaceTokenizer":
+        return HuggingFaceTokenizer(_given(tokenizer_model, "--tokenizer-model", tokenizer_type))
+    if tokenizer_type == "GPT2BPETokenizer":
+        return GPT2BPETokenizer(
+            _given(vocab_file, "--vocab-file", tokenizer_type),
+            _given(merge_file, "--merge-file", tokenizer_type),
+        )
+    if tokenizer_type in SENTENCEPIECE_TYPES:
+        return SentencePieceTokenizer(
+            _given(tokenizer_model, "--tokenizer-model", tokenizer_type), tokenizer_type
+        )
+    if tokenizer_type == "NullTokenizer":
+        if vocab_size is None or vocab_size < 1:
+            raise ConfigError("NullTokenizer needs --vocab-size of at least 1: the number of ids before eod")
+        return NullTokenizer(vocab_size)
+    raise ConfigError(f"--tokenizer-type {tokenizer_type} is not one of {', '.join(TOKENIZER_TYPES)}")
+
+
+def _gpt2_backend(vocab_file: str, merge_file: str) -> Any:
+    for path in (vocab_file, merge_file):
+        if not Path(path).is_file():
+            raise ConfigError(f"GPT2BPETokenizer: file {path} does not exist")
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    try:
+        backend = Tokenizer(models.BPE.from_file(vocab_file, merge_file))
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise ConfigError(
+            f"GPT2BPETokenizer: cannot read {vocab_file} and {merge_file}: {hf_directory.first_line(error)}"
+        ) from error
+    if backend.token_to_id(GPT2_END_OF_TEXT) is None:
+        raise ConfigError(
+            f"GPT2BPETokenizer: {vocab_file} has no {GPT2_END_OF_TEXT}, so documents have no end"
+        )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(GPT2_END_OF_TEXT, normalized=False, special=True)])
+    return backend
+
+
+def _load_sentencepiece(model_file: str) -> SentencePieceEncoder:
+    if not Path(model_file).is_file():
+        raise ConfigError(f"SentencePiece model {model_file} is not a file")
+    try:
+        return SentencePieceEncoder(Path(model_file).read_bytes())
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(
+            f"cannot load the SentencePiece model {model_file}: {hf_directory.first_line(error)}"
+        ) from error
+
+
+def _sentencepiece_processor(model: bytes) -> Any:
+    from sentencepiece import SentencePieceProcessor
+
+    return SentencePieceProcessor(model_proto=model)
+
+
+def _given(value: str | None, flag: str, tokenizer_type: str) -> str:
+    if not value:
+        raise ConfigError(f"--tokenizer-type {tokenizer_type} needs {flag}")
+    return value
+
+
+def _largest_id(token_to_id: Mapping[str, int], name: str) -> int:
+    if not token_to_id:
+        raise ConfigError(f"tokenizer {name} has an empty vocabulary")
+    return max(token_to_id.values())
+
+
+def _require_eod(token_id: int | None, name: str) -> int:
+    if token_id is None:
+        raise ConfigError(
+            f"tokenizer {name} has no eos token, so documents have no end: set eos_token in its files"
+        )
+    return token_id
+
+
+def _pad_or_none(token_id: int | None, eod: int) -> int:
+    """Return the pad id, or -1: a pad that is eod would mask the loss of every document end."""
+    return NO_PAD if token_id is None or token_id == eod else int(token_id)
+
+
+def _known(token_id: int) -> int | None:
+    """Translate SentencePiece's -1 for "not defined"."""
+    return None if token_id < 0 else token_id
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve()) if Path(path).exists() else path

@@ -1,0 +1,147 @@
+"""Apply a function to a stream in several processes, results in the stream's order, and never hang.
+
+`multiprocessing.Pool` waits for ever when a worker is killed, since the lost item never returns. Here the parent
+talks to each worker over a pipe of its own: a dead worker closes its pipe, which ends the run with an error, and
+a dead parent closes all pipes, which ends the workers.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, TypeVar
+
+from megatron_let.errors import LetError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# How far the reading may run ahead of a slow item, in items per worker: bounds the results held back.
+_LEAD_PER_WORKER = 4
+
+
+def map_in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], num_workers: int
+) -> Iterator[Result]:
+    """Yield `function(item)` for each item, in order; with one worker in this very process.
+
+    `function` must be picklable. Workers are started afresh (not forked), so threads here do no harm.
+
+    Raises:
+        LetError: a worker died or the function failed there; the message says which.
+    """
+    if num_workers == 1:
+        yield from map(function, items)
+        return
+    team = _Team[Item, Result](function, num_workers)
+    try:
+        yield from team.run(items)
+    finally:
+        team.stop()
+
+
+class _Team(Generic[Item, Result]):
+    """The worker processes of one call and what each is busy with."""
+
+    def __init__(self, function: Callable[[Item], Result], num_workers: int) -> None:
+        context = get_context("spawn")
+        self._workers: dict[Connection, BaseProcess] = {}
+        self._idle: list[Connection] = []
+        self._busy: dict[Connection, int] = {}
+        for _ in range(num_workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, function), daemon=True)
+            process.start()
+            theirs.close()  # so that the worker's death shows as the end of our side
+            self._workers[ours] = process
+            self._idle.append(ours)
+
+    def run(self, items: Iterable[Item]) -> Iterator[Result]:
+        """Hand out the items and yield the results in order."""
+        stream = enumerate(items)
+        results: dict[int, Result] = {}
+        next_result, num_sent, is_exhausted = 0, 0, False
+        while True:
+            while self._idle and not is_exhausted and num_sent - next_result < self._lead:
+                entry = next(stream, None)
+                if entry is None:
+                    is_exhausted = True
+                    break
+                self._send(*entry)
+                num_sent += 1
+            if next_result == num_sent and is_exhausted:
+                return
+            results.update(self._receive())
+            while next_result in results:
+                yield results.pop(next_result)
+                next_result += 1
+
+    def stop(self) -> None:
+        """End every worker, working or not."""
+        for connection, process in self._workers.items():
+            connection.close()
+            process.terminate()
+        for process in self._workers.values():
+            process.join()
+
+    @property
+    def _lead(self) -> int:
+        return _LEAD_PER_WORKER * len(self._workers)
+
+    def _send(self, index: int, item: Item) -> None:
+        connection = self._idle.pop()
+        self._busy[connection] = index
+        try:
+            connection.send(item)
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._death_of(connection) from None
+
+    def _receive(self) -> dict[int, Result]:
+        """Wait until at least one busy worker answers and return the answers by item number."""
+        answers: dict[int, Result] = {}
+        for connection in wait(list(self._busy)):
+            assert isinstance(connection, Connection)
+            try:
+                failure, answer = connection.recv()
+            except (EOFError, ConnectionResetError):
+                raise self._death_of(connection) from None
+            if failure:
+                raise LetError(f"a worker process failed: {failure}")
+            answers[self._busy.pop(connection)] = answer
+            self._idle.append(connection)
+        return answers
+
+    def _death_of(self, connection: Connection) -> LetError:
+        process = self._workers[connection]
+        process.join(timeout=5)
+        code = process.exitcode
+        cause = (
+            f"by signal {signal.Signals(-code).name}"
+            if code is not None and code < 0
+            else f"with code {code}"
+        )
+        return LetError(
+            f"a worker process ended {cause} (the system does this when memory runs out); "
+            "nothing was written over: run again, with fewer --workers if memory is short"
+        )
+
+
+def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
+    """Answer items until the pipe closes: (failure, result), where failure is empty when all went well."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the run, once
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker: --workers is the number of cores
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            item = connection.recv()
+            try:
+                answer = ("", function(item))
+            except Exception as error:
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                answer = (f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})", None)
+            connection.send(answer)

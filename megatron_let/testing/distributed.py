@@ -22,7 +22,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection as mp_connection
 from multiprocessing import get_context
@@ -31,7 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from megatron_let.testing.worker import Case, serve
+from megatron_let.testing.worker import Case, Outcome, serve
 
 Result = TypeVar("Result")
 
@@ -39,6 +39,7 @@ DEFAULT_TIMEOUT = 120.0
 # Once a rank has failed, its peers get this long to report their own end: enough for a "connection closed" to
 # arrive, short beside a hang.
 FAILURE_GRACE = 2.0
+NEVER = float("inf")
 _SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -107,11 +108,14 @@ class RankPool:
         rank is left hanging.
         """
         if not 1 <= world_size <= self.max_world_size:
-            raise ValueError(f"world_size {world_size} is outside 1..{self.max_world_size}, the size of this pool")
+            raise ValueError(
+                f"world_size {world_size} is outside 1..{self.max_world_size}, the size of this pool"
+            )
         self._start(world_size)
-        call = pickle.dumps((function, args, self._after_each))
         workers = self._workers[:world_size]
+        call = pickle.dumps((function, args, self._after_each))
         with tempfile.TemporaryDirectory(dir=self._directory.name) as directory:
+            store_file = str(Path(directory, "store")) if init_process_group else None
             port = _free_port()
             for rank, worker in enumerate(workers):
                 case = Case(
@@ -119,14 +123,18 @@ class RankPool:
                     rank=rank,
                     world_size=world_size,
                     port=port,
-                    store_file=str(Path(directory, "store")) if init_process_group else None,
+                    store_file=store_file,
                     import_path=tuple(sys.path),
                     directory=os.getcwd(),
                     timeout=timeout,
                 )
-                worker.pipe.send_bytes(pickle.dumps(case))
-            outcomes, is_late = _collect(workers, timeout)
-        return self._results(outcomes, is_late=is_late, timeout=timeout)
+                with suppress(BrokenPipeError):  # the worker died at its start: its outcome says so
+                    worker.pipe.send_bytes(pickle.dumps(case))
+            outcomes = _collect(workers, timeout)
+        if any(outcome.failure is not None for outcome in outcomes):
+            self.close()
+            raise _error_of(outcomes, timeout)
+        return [outcome.value for outcome in outcomes]
 
     def pids(self) -> list[int]:
         """Return the ids of the workers that run now, in rank order."""
@@ -135,19 +143,6 @@ class RankPool:
     def close(self) -> None:
         """End all workers; a later case starts new ones."""
         _kill(self._workers)
-
-    def _results(
-        self, outcomes: Mapping[int, tuple[bool, Any]], *, is_late: bool, timeout: float
-    ) -> list[Any]:
-        """Return the ranks' values, or drop the workers and raise what went wrong, first failure first."""
-        failures = [(rank, text) for rank, (is_good, text) in outcomes.items() if not is_good]
-        if not failures:
-            return [outcomes[rank][1] for rank in range(len(outcomes))]
-        self.close()
-        message = "\n".join(f"--- rank {rank} of {len(outcomes)}\n{text}" for rank, text in failures)
-        if is_late:
-            raise RankTimeoutError(f"not done after {timeout:g} s\n{message}")
-        raise RankError(f"failed, first failure first\n{message}")
 
     def _start(self, count: int) -> None:
         """Have `count` workers running; start from nothing when one of the present ones has ended."""
@@ -165,44 +160,56 @@ class RankPool:
             self._workers.append(_Worker(program, ours, stack_file))
 
 
-def _collect(workers: Sequence[_Worker], timeout: float) -> tuple[dict[int, tuple[bool, Any]], bool]:
-    """Wait for every rank's (is good, value or text), in order of arrival; return them and whether time ran out."""
-    outcomes: dict[int, tuple[bool, Any]] = {}
+def _collect(workers: Sequence[_Worker], timeout: float) -> list[Outcome]:
+    """Wait for every rank's outcome, a short while only once one has failed; return them in rank order."""
+    outcomes: dict[int, Outcome] = {}
     deadline = time.monotonic() + timeout
-    is_late = False
     while len(outcomes) < len(workers):
         pending = {rank: worker for rank, worker in enumerate(workers) if rank not in outcomes}
         handles = [handle for worker in pending.values() for handle in (worker.pipe, worker.program.sentinel)]
         ready = mp_connection.wait(handles, max(0.0, deadline - time.monotonic()))
         if not ready:
-            is_late = all(is_good for is_good, _ in outcomes.values())
-            outcomes.update({rank: (False, _stuck(worker)) for rank, worker in pending.items()})
-            break
+            outcomes.update({rank: _stuck(worker) for rank, worker in pending.items()})
         for rank, worker in pending.items():
             if worker.pipe in ready or worker.program.sentinel in ready:
                 outcomes[rank] = _receive(worker)
-                if not outcomes[rank][0]:
+                if outcomes[rank].failure is not None:
                     deadline = min(deadline, time.monotonic() + FAILURE_GRACE)
-    return outcomes, is_late
+    return [outcomes[rank] for rank in range(len(workers))]
 
 
-def _receive(worker: _Worker) -> tuple[bool, Any]:
+def _receive(worker: _Worker) -> Outcome:
     """Read one rank's outcome; a worker that died without one has failed."""
     try:
-        is_good, value = pickle.loads(worker.pipe.recv_bytes())
+        outcome: Outcome = pickle.loads(worker.pipe.recv_bytes())
     except (EOFError, OSError):
         worker.program.join(1.0)
-        return False, f"the worker died with exit code {worker.program.exitcode}"
-    return is_good, value
+        died = f"the worker died with exit code {worker.program.exitcode}"
+        return Outcome(failure=died)  # first of all: no exception of a peer ends a worker like this
+    return outcome
 
 
-def _stuck(worker: _Worker) -> str:
+def _stuck(worker: _Worker) -> Outcome:
     """Ask a worker that does not answer for its stacks, and say where it stands."""
-    if worker.program.pid is None or not hasattr(signal, "SIGUSR1"):
-        return "did not end"
-    os.kill(worker.program.pid, signal.SIGUSR1)
-    time.sleep(0.2)
-    return f"did not end; it stood at\n{worker.stack_file.read_text() if worker.stack_file.exists() else ''}"
+    where = ""
+    if worker.program.pid is not None and hasattr(signal, "SIGUSR1"):
+        os.kill(worker.program.pid, signal.SIGUSR1)
+        time.sleep(0.2)
+        where = worker.stack_file.read_text() if worker.stack_file.exists() else ""
+    return Outcome(failure=f"did not end; it stood at\n{where}", failed_at=NEVER)
+
+
+def _error_of(outcomes: Sequence[Outcome], timeout: float) -> RankError:
+    """Build the exception that tells what went wrong on which rank, the first failure first."""
+    failures = [
+        (outcome.failed_at, rank) for rank, outcome in enumerate(outcomes) if outcome.failure is not None
+    ]
+    message = "\n".join(
+        f"--- rank {rank} of {len(outcomes)}\n{outcomes[rank].failure}" for _, rank in sorted(failures)
+    )
+    if all(failed_at == NEVER for failed_at, _ in failures):
+        return RankTimeoutError(f"not done after {timeout:g} s\n{message}")
+    return RankError(f"failed, first failure first\n{message}")
 
 
 def _kill(workers: list[_Worker]) -> None:

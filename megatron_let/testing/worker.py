@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,10 +34,31 @@ class Case:
     timeout: float  # seconds
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one rank: its value, or the text of what went wrong and when it did."""
+
+    value: Any = None
+    failure: str | None = None
+    # Seconds of the clock that all programs of a machine share. A rank that fails closes its connections, and the
+    # peers that notice may well be heard of first.
+    failed_at: float = 0.0
+
+
+class _FailedError(Exception):
+    """Carries an exception's traceback and time past the taking down of the process group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outcome = Outcome(failure=traceback.format_exc(), failed_at=time.monotonic())
+
+
 def serve(pipe: Connection, parent_pid: int, stack_file: str) -> None:
-    """Run cases until the pipe closes; each answer is a pickled (is good, value or text of the traceback)."""
+    """Run cases until the pipe closes; each answer is a pickled `Outcome`."""
     die_with_parent(parent_pid)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the parent decides
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole terminal group; the parent decides
     import torch
 
     torch.set_num_threads(1)
@@ -56,9 +78,11 @@ def _answer(case: Case) -> bytes:
     try:
         with _surroundings(case):
             # Plain pickle: torch's own pickling for pipes shares memory by descriptor, which dies with the worker.
-            return pickle.dumps((True, _call(case)))
+            return pickle.dumps(Outcome(_call(case)))
+    except _FailedError as error:
+        return pickle.dumps(error.outcome)
     except BaseException:
-        return pickle.dumps((False, traceback.format_exc()))
+        return pickle.dumps(_FailedError().outcome)
 
 
 def _call(case: Case) -> Any:
@@ -87,6 +111,8 @@ def _then(function: Callable[..., Any], args: tuple[Any, ...], after_each: Calla
     """Call the function, then the clean-up, whatever the function did."""
     try:
         return function(*args)
+    except BaseException:
+        raise _FailedError from None
     finally:
         if after_each is not None:
             after_each()

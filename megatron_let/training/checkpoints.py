@@ -76,7 +76,7 @@ def save_checkpoint(
         saved = replace(saved, with_rng=False)
     run = {
         "version": __version__,
-        "state": asdict(state),
+        "state": context.from_rank_0(asdict(state)),
         "config": config.to_dict(),
         "let": None if let_record is None else let_record.to_dict(),
         "vocab_size": tokenizer.vocab_size,

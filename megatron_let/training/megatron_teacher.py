@@ -1,0 +1,77 @@
+"""A Megatron checkpoint of this project as a LET teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_let.errors import ConfigError
+from megatron_let.let import Teacher
+from megatron_let.mcore.checkpoint import RUN, load_common
+from megatron_let.mcore.frozen_gpt import FrozenGpt, load_frozen_gpt
+from megatron_let.mcore.parallel import ParallelContext
+from megatron_let.training.checkpoint_files import find_damage, newest_iteration_directory
+
+
+class MegatronTeacher(Teacher):
+    """The un-sharded body of a checkpointed GPT."""
+
+    def __init__(self, gpt: FrozenGpt, *, vocab_size: int, description: str) -> None:
+        self._gpt = gpt
+        self._vocab_size = vocab_size
+        self._description = description
+
+    @property
+    def hidden_size(self) -> int:
+        """See Teacher."""
+        return self._gpt.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """See Teacher; padding ids do not count."""
+        return self._vocab_size
+
+    @property
+    def context_length(self) -> int | None:
+        """See Teacher; the sequence length it was trained on, or its learned positions."""
+        return self._gpt.context_length
+
+    @property
+    def description(self) -> str:
+        """See Teacher."""
+        return self._description
+
+    def states(self, tokens: torch.Tensor) -> torch.Tensor:
+        """See Teacher."""
+        return self._gpt.states(tokens)
+
+    def to(self, device: torch.device | str) -> MegatronTeacher:
+        """See Teacher."""
+        self._gpt.model.to(device)
+        return self
+
+    def parameters(self) -> Iterator[torch.Tensor]:
+        """See Teacher."""
+        return self._gpt.model.parameters()
+
+
+def load_megatron_teacher(
+    path: Path, *, layer: int | None, dtype: torch.dtype, context: ParallelContext
+) -> MegatronTeacher:
+    """Load the newest checkpoint under `path`, whatever layout it was trained on.
+
+    Raises:
+        ConfigError: no checkpoint, a damaged one, one of another program, or no such layer.
+    """
+    directory = newest_iteration_directory(path)
+    damage = find_damage(directory)
+    if damage is not None:
+        raise ConfigError(f"teacher checkpoint {directory} is damaged: {damage}")
+    run = load_common(directory).get(RUN)
+    if run is None:
+        raise ConfigError(f"teacher checkpoint {directory} was not written by megatron_let; convert it first")
+    gpt = load_frozen_gpt(directory, run["config"], layer=layer, dtype=dtype, device=context.device)
+    shown = f"{directory} (layer {layer or 'last'}, width {gpt.hidden_size})"
+    return MegatronTeacher(gpt, vocab_size=int(run["vocab_size"]), description=shown)

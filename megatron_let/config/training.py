@@ -48,7 +48,7 @@ class TrainingConfig:
     manual_gc_interval: int = 0
     """With --manual-gc: collect every so many iterations; 0 only around validation."""
 
-    manual_gc_eval: bool = True
+    manual_gc_eval: bool = option(True, off_flags=("--no-manual-gc-eval", "--disable-manual-gc-eval"))
     """With --manual-gc: collect before and after each validation."""
 
     empty_unused_memory_level: Literal[0, 1, 2] = 0

@@ -107,7 +107,9 @@ def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
     training = config.training
     replicas = data_parallel_size(config, world_size)
     micro = training.micro_batch_size or 1
-    return BatchPlan(micro, replicas, training.global_batch_size or micro * replicas, training.rampup_batch_size)
+    return BatchPlan(
+        micro, replicas, training.global_batch_size or micro * replicas, training.rampup_batch_size
+    )
 
 
 def train_iterations(config: RunConfig, world_size: int) -> int:

@@ -10,8 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from megatron_let.config.batches import batch_plan, train_iterations, virtual_pipeline_size
-from megatron_let.config.let import default_student_layer, stop_iteration
+from megatron_let.config.batches import batch_plan, virtual_pipeline_size
 from megatron_let.config.run_config import RunConfig
 from megatron_let.config.validate import validate
 
@@ -29,22 +28,13 @@ def derive(config: RunConfig, *, warn: Callable[[str], None]) -> RunConfig:
 
 
 def resolve(config: RunConfig, world_size: int) -> RunConfig:
-    """Return the settings of a run on `world_size` ranks: global batch size and S_stop as numbers.
+    """Return the settings of a run on `world_size` ranks, with the global batch size as a number.
 
-    Validates first, so what comes back is a run that can start. Raises ConfigError.
+    Validates first, so what comes back is a run that can start. Raises ConfigError. LET's layer and S_stop stay as
+    given: on resume the checkpoint has a say in them.
     """
     validate(config, world_size)
-    plan = batch_plan(config, world_size)
-    config = _replace(config, "training", global_batch_size=plan.full)
-    if config.let.is_on:
-        config = _replace(
-            config,
-            "let",
-            let_student_layer=config.let.let_student_layer or default_student_layer(config.transformer.num_layers),
-            let_stop_iters=config.let.let_stop_iters
-            or stop_iteration(config.let.let_stop_fraction, train_iterations(config, world_size)),
-        )
-    return config
+    return _replace(config, "training", global_batch_size=batch_plan(config, world_size).full)
 
 
 def _derive_old_spellings(config: RunConfig) -> RunConfig:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-DEFAULT_STOP_FRACTION = 0.15
-"""Share of the run after which the teacher is gone. Not published: ours."""
-
 
 @dataclass(frozen=True)
 class LetConfig:
@@ -62,13 +59,3 @@ class LetConfig:
     def is_on(self) -> bool:
         """Return whether a teacher was given."""
         return self.let_teacher_load is not None
-
-
-def default_student_layer(num_layers: int) -> int:
-    """Return the student layer to align when none is given: an early one, counted from 1."""
-    return max(1, round(num_layers / 8))
-
-
-def stop_iteration(fraction: float | None, iterations: int) -> int:
-    """Return S_stop, the iteration from which the teacher is gone, for a share of the run; at least 1."""
-    return max(1, round((DEFAULT_STOP_FRACTION if fraction is None else fraction) * iterations))

@@ -133,12 +133,18 @@ REFUSED: tuple[FlagFamily, ...] = (
     FlagFamily("Other name", "use --config FILE.yaml", "--yaml-cfg="),
     FlagFamily("Other name", "use --num-layers", "--encoder-num-layers= --decoder-num-layers="),
     FlagFamily("Other name", "use --seq-length", "--encoder-seq-length= --decoder-seq-length="),
-    FlagFamily("Other name", "use --make-vocab-size-divisible-by", "--padded-vocab-size= --vocab-extra-ids=0"),
     FlagFamily(
-        "Other name", "give the paths with --data-path or in --config", "--data-args-path= --per-split-data-args-path="
+        "Other name", "use --make-vocab-size-divisible-by", "--padded-vocab-size= --vocab-extra-ids=0"
+    ),
+    FlagFamily(
+        "Other name",
+        "give the paths with --data-path or in --config",
+        "--data-args-path= --per-split-data-args-path=",
     ),
     FlagFamily("Other name", "use --load with --finetune", "--pretrained-checkpoint="),
-    FlagFamily("Other name", "for a teacher with code of its own use --let-trust-remote-code", "--trust-remote-code"),
+    FlagFamily(
+        "Other name", "for a teacher with code of its own use --let-trust-remote-code", "--trust-remote-code"
+    ),
     FlagFamily(
         "Comes later",
         "it comes in a later version",
@@ -337,3 +343,8 @@ REFUSED: tuple[FlagFamily, ...] = (
 def family_of(flag: str, families: tuple[FlagFamily, ...]) -> FlagFamily | None:
     """Return the family that `flag` is in, if any."""
     return next((family for family in families if flag in family.entries()), None)
+
+
+def is_foreign(flag: str) -> bool:
+    """Return whether `flag` is Megatron-LM's and no setting here."""
+    return family_of(flag, REFUSED) is not None or family_of(flag, WITHOUT_EFFECT) is not None

@@ -24,7 +24,9 @@ _PER_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")
 def check_source(config: RunConfig) -> None:
     """There is one source of data."""
     data = config.data
-    sources = given(data, "data_path", "mock_data") + (["--train-data-path ..."] if given(data, *_PER_SPLIT) else [])
+    sources = given(data, "data_path", "mock_data") + (
+        ["--train-data-path ..."] if given(data, *_PER_SPLIT) else []
+    )
     require(
         len(sources) == 1,
         "give one source of data (--data-path, or --train-data-path with --valid-data-path and --test-data-path, or "

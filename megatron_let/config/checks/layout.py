@@ -45,7 +45,9 @@ def check_context_parallel(config: RunConfig) -> None:
         require_takes_effect(transformer, "cp_comm_type", needs="--context-parallel-size of 2 or more")
         return
     hint = "each rank takes two chunks"
-    require_divisible(config.model.seq_length, 2 * context, "--seq-length", "2 x --context-parallel-size =", hint)
+    require_divisible(
+        config.model.seq_length, 2 * context, "--seq-length", "2 x --context-parallel-size =", hint
+    )
     if transformer.cp_comm_type == "a2a":
         heads = min(transformer.num_attention_heads, transformer.num_query_groups)
         ranks = transformer.tensor_model_parallel_size * context
@@ -62,7 +64,10 @@ def check_pipeline(config: RunConfig) -> None:
     if stages == 1:
         needs = "--pipeline-model-parallel-size of 2 or more"
         require_takes_effect(
-            transformer, "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", needs=needs
+            transformer,
+            "num_layers_in_first_pipeline_stage",
+            "num_layers_in_last_pipeline_stage",
+            needs=needs,
         )
         require_takes_effect(transformer, *counted, needs=needs)
         virtual = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
@@ -75,7 +80,9 @@ def check_pipeline(config: RunConfig) -> None:
         )
         _check_uneven_stages(config, stages)
     else:
-        what = "--num-layers" if not given(transformer, *counted) else "layers with embedding and loss counted"
+        what = (
+            "--num-layers" if not given(transformer, *counted) else "layers with embedding and loss counted"
+        )
         hint = "change one, or give --decoder-first-pipeline-num-layers / --decoder-last-pipeline-num-layers"
         require_divisible(pipeline_units(config), stages, what, "--pipeline-model-parallel-size", hint)
     _check_interleaved(config, stages)
@@ -110,7 +117,10 @@ def _check_interleaved(config: RunConfig, stages: int) -> None:
     )
     both = "--num-virtual-stages-per-pipeline-rank and --num-layers-per-virtual-pipeline-stage"
     require(chunks is None or per_chunk is None, f"{both} say the same thing; leave one out")
-    first, last = transformer.num_layers_in_first_pipeline_stage, transformer.num_layers_in_last_pipeline_stage
+    first, last = (
+        transformer.num_layers_in_first_pipeline_stage,
+        transformer.num_layers_in_last_pipeline_stage,
+    )
     uneven = first is not None or last is not None
     if per_chunk is not None:
         require(
@@ -120,7 +130,9 @@ def _check_interleaved(config: RunConfig, stages: int) -> None:
         )
         on_stage = pipeline_units(config) // stages
         hint = "change one of them"
-        require_divisible(on_stage, per_chunk, "layers of a stage", "--num-layers-per-virtual-pipeline-stage", hint)
+        require_divisible(
+            on_stage, per_chunk, "layers of a stage", "--num-layers-per-virtual-pipeline-stage", hint
+        )
     if chunks is not None:
         sizes = [size for size in (first, last) if size is not None]
         between = stages - len(sizes)
@@ -128,10 +140,14 @@ def _check_interleaved(config: RunConfig, stages: int) -> None:
             sizes.append((pipeline_units(config) - sum(sizes)) // between)
         for size in sizes:
             hint = "change one of them"
-            require_divisible(size, chunks, "layers of a stage", "--num-virtual-stages-per-pipeline-rank", hint)
+            require_divisible(
+                size, chunks, "layers of a stage", "--num-virtual-stages-per-pipeline-rank", hint
+            )
     if virtual_pipeline_size(config) is None:
         schedule_only = ("overlap_p2p_comm_warmup_flush", "microbatch_group_size_per_vp_stage")
-        require_takes_effect(transformer, *schedule_only, needs="--num-virtual-stages-per-pipeline-rank of 2 or more")
+        require_takes_effect(
+            transformer, *schedule_only, needs="--num-virtual-stages-per-pipeline-rank of 2 or more"
+        )
         return
     require(
         stages > 2 or transformer.overlap_p2p_comm,
@@ -153,7 +169,10 @@ def check_interleaved_microbatches(config: RunConfig, world_size: int) -> None:
     plan = batch_plan(config, world_size)
     name = "--microbatch-group-size-per-virtual-pipeline-stage"
     require(group >= stages, f"{name} is {stages} (the pipeline stages) or more, got {group}")
-    for microbatches in {plan.num_microbatches(0), plan.full // (plan.micro_batch_size * plan.data_parallel_size)}:
+    for microbatches in {
+        plan.num_microbatches(0),
+        plan.full // (plan.micro_batch_size * plan.data_parallel_size),
+    }:
         left_over = microbatches % group
         require(
             microbatches >= group and (left_over == 0 or left_over >= stages),
@@ -166,7 +185,11 @@ def check_data_parallel(config: RunConfig) -> None:
     """Flags of gradient reduction and of the distributed optimizer."""
     ddp, distributed = config.ddp, config.optimizer.use_distributed_optimizer
     if not distributed:
-        only = ("overlap_param_gather", "pad_buckets_for_high_nccl_busbw", "reduce_scatter_with_fp32_accumulation")
+        only = (
+            "overlap_param_gather",
+            "pad_buckets_for_high_nccl_busbw",
+            "reduce_scatter_with_fp32_accumulation",
+        )
         require_takes_effect(ddp, *only, needs="--use-distributed-optimizer")
     require(
         ddp.overlap_grad_reduce or not ddp.overlap_param_gather,

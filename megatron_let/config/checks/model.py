@@ -29,7 +29,8 @@ def check_shape(config: RunConfig) -> None:
         hint = "use a divisor of the heads"
         require_divisible(heads, groups, "--num-attention-heads", "--num-query-groups", hint)
     require(
-        not (model.swiglu and model.squared_relu), "--swiglu and --squared-relu are two activations; leave one out"
+        not (model.swiglu and model.squared_relu),
+        "--swiglu and --squared-relu are two activations; leave one out",
     )
 
 
@@ -37,10 +38,11 @@ def check_positions(config: RunConfig) -> None:
     """Length of sequences and kind of position embedding."""
     model, transformer = config.model, config.transformer
     kind = model.position_embedding_type
+    length, positions = model.seq_length, model.max_position_embeddings
     require(
-        model.max_position_embeddings is None or model.seq_length <= model.max_position_embeddings,
-        f"--seq-length {model.seq_length} is longer than --max-position-embeddings "
-        f"{model.max_position_embeddings}; shorten the sequence or allow more positions",
+        length <= positions,
+        f"--seq-length {length} is longer than --max-position-embeddings {positions}; shorten the "
+        "sequence or allow more positions",
     )
     require(
         model.add_position_embedding or kind == "rope",
@@ -53,7 +55,12 @@ def check_positions(config: RunConfig) -> None:
     )
     if kind != "rope":
         needs = "--position-embedding-type rope"
-        rope_only = ("rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor", "use_rope_scaling")
+        rope_only = (
+            "rotary_base",
+            "rotary_percent",
+            "rotary_seq_len_interpolation_factor",
+            "use_rope_scaling",
+        )
         require_takes_effect(model, *rope_only, needs=needs)
         require_takes_effect(transformer, "rotary_interleaved", needs=needs)
     elif transformer.kv_channels is not None:
@@ -129,7 +136,9 @@ def check_kernels(config: RunConfig, packages: Packages) -> None:
     if backend in ("flash", "fused"):
         _require_transformer_engine(config, packages, f"--attention-backend {backend}")
     if transformer.context_parallel_size > 1:
-        _require_transformer_engine(config, packages, f"--context-parallel-size {transformer.context_parallel_size}")
+        _require_transformer_engine(
+            config, packages, f"--context-parallel-size {transformer.context_parallel_size}"
+        )
     _check_cross_entropy(config, packages)
     _check_fusions(config, packages)
 
@@ -155,25 +164,25 @@ def _check_fusions(config: RunConfig, packages: Packages) -> None:
         "--bias-gelu-fusion needs GELU and a bias; leave out --swiglu and --disable-bias-linear, or the fusion",
     )
     require(
-        not model.bias_swiglu_fusion or model.swiglu, "--bias-swiglu-fusion cannot take effect without --swiglu; add it"
+        not model.bias_swiglu_fusion or model.swiglu,
+        "--bias-swiglu-fusion cannot take effect without --swiglu; add it",
     )
     require(
         not transformer.apply_rope_fusion or model.position_embedding_type == "rope",
         "--rope-fusion cannot take effect without --position-embedding-type rope",
     )
-    present = {"Transformer Engine": packages.transformer_engine, "apex": packages.apex}
-    providers = {
-        "gradient_accumulation_fusion": ("Transformer Engine", "apex"),
-        "apply_rope_fusion": ("Transformer Engine", "apex"),
-        "masked_softmax_fusion": ("apex",),
-        "persist_layer_norm": ("Transformer Engine", "apex"),
-    }
-    for name, wanted in providers.items():
-        require(
-            not getattr(transformer, name) or any(present[package] for package in wanted),
-            f"{flag_of(transformer, name)} needs {' or '.join(wanted)}, which is not installed; install it or leave "
-            "the flag out",
-        )
+    fusions = (
+        "gradient_accumulation_fusion",
+        "apply_rope_fusion",
+        "masked_softmax_fusion",
+        "persist_layer_norm",
+    )
+    asked = [flag_of(transformer, name) for name in fusions if getattr(transformer, name)]
+    require(
+        not asked or packages.transformer_engine or packages.apex,
+        f"{', '.join(asked)} needs the kernels of Transformer Engine or apex, and neither is installed; install one "
+        "or leave the flag out",
+    )
 
 
 def _require_transformer_engine(config: RunConfig, packages: Packages, what: str) -> None:
@@ -202,7 +211,8 @@ def check_recompute(config: RunConfig) -> None:
             "--recompute-granularity full needs --recompute-method {uniform,block} and --recompute-num-layers N",
         )
         require(
-            not given(transformer, "recompute_modules"), "--recompute-modules goes with selective, not with full"
+            not given(transformer, "recompute_modules"),
+            "--recompute-modules goes with selective, not with full",
         )
     else:
         only_full = ("recompute_method", "recompute_num_layers", "distribute_saved_activations")

@@ -38,7 +38,9 @@ def given(section: Any, *names: str) -> list[str]:
 def require_takes_effect(section: Any, *names: str, needs: str) -> None:
     """Raise ConfigError when one of the fields is set although it cannot take effect without `needs`."""
     useless = given(section, *names)
-    require(not useless, f"{', '.join(useless)} cannot take effect without {needs}; add it or leave the flag out")
+    require(
+        not useless, f"{', '.join(useless)} cannot take effect without {needs}; add it or leave the flag out"
+    )
 
 
 def require_divisible(number: int, by: int, what: str, by_what: str, hint: str) -> None:

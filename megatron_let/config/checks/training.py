@@ -43,8 +43,7 @@ def check_length(config: RunConfig) -> None:
     by_iterations = training.train_iters is not None
     require(
         by_iterations != (training.train_samples is not None),
-        "give either --train-iters or --train-samples, "
-        + ("got both" if by_iterations else "got neither"),
+        "give either --train-iters or --train-samples, " + ("got both" if by_iterations else "got neither"),
     )
     unit, other = ("iters", "samples") if by_iterations else ("samples", "iters")
     wrong = given(schedule, f"lr_decay_{other}", f"lr_warmup_{other}", f"lr_wsd_decay_{other}")
@@ -74,13 +73,16 @@ def check_learning_rate(config: RunConfig) -> None:
     lr, min_lr = optimizer.lr, optimizer.min_lr
     require(min_lr <= lr, f"--min-lr {min_lr} is larger than --lr {lr}; lower it")
     require(
-        schedule.lr_warmup_init <= lr, f"--lr-warmup-init {schedule.lr_warmup_init} is larger than --lr {lr}; lower it"
+        schedule.lr_warmup_init <= lr,
+        f"--lr-warmup-init {schedule.lr_warmup_init} is larger than --lr {lr}; lower it",
     )
     if optimizer.decoupled_lr is None:
         require_takes_effect(optimizer, "decoupled_min_lr", needs="--decoupled-lr")
     else:
         smallest = optimizer.decoupled_min_lr or 0.0
-        require(smallest <= optimizer.decoupled_lr, "--decoupled-min-lr is larger than --decoupled-lr; lower it")
+        require(
+            smallest <= optimizer.decoupled_lr, "--decoupled-min-lr is larger than --decoupled-lr; lower it"
+        )
     if optimizer.optimizer != "sgd":
         require_takes_effect(optimizer, "sgd_momentum", needs="--optimizer sgd")
     require(
@@ -107,9 +109,13 @@ def _check_warmup(config: RunConfig) -> None:
     unit, decay, warmup, _ = _decay(config)
     if schedule.lr_warmup_fraction is not None:
         require(
-            warmup == 0, f"--lr-warmup-fraction and --lr-warmup-{unit} both say how long warm-up is; leave one out"
+            warmup == 0,
+            f"--lr-warmup-fraction and --lr-warmup-{unit} both say how long warm-up is; leave one out",
         )
-        require(schedule.lr_warmup_fraction < 1, "--lr-warmup-fraction must be below 1: decay has to follow warm-up")
+        require(
+            schedule.lr_warmup_fraction < 1,
+            "--lr-warmup-fraction must be below 1: decay has to follow warm-up",
+        )
     require(
         warmup < decay,
         f"--lr-warmup-{unit} {warmup} is not less than the decay length {decay}; shorten it or lengthen "
@@ -125,7 +131,10 @@ def _check_wsd(config: RunConfig) -> None:
         wsd = ("lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_style")
         require_takes_effect(schedule, *wsd, needs="--lr-decay-style WSD")
         return
-    require(last_part is not None, f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}, the length of its last part")
+    require(
+        last_part is not None,
+        f"--lr-decay-style WSD needs --lr-wsd-decay-{unit}, the length of its last part",
+    )
     require(
         (last_part or 0) <= decay,
         f"--lr-wsd-decay-{unit} {last_part} is longer than the decay length {decay}; shorten it",
@@ -147,7 +156,10 @@ def check_weight_decay(config: RunConfig) -> None:
         start is not None and end is not None,
         f"--weight-decay-incr-style {schedule.weight_decay_incr_style} needs --start-weight-decay and --end-weight-decay",
     )
-    require(0 <= (start or 0) <= (end or 0), f"--start-weight-decay {start} is larger than --end-weight-decay {end}")
+    require(
+        0 <= (start or 0) <= (end or 0),
+        f"--start-weight-decay {start} is larger than --end-weight-decay {end}",
+    )
 
 
 def check_loop(config: RunConfig) -> None:

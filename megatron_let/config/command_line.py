@@ -69,6 +69,13 @@ def values_of_mapping(mapping: dict[str, Any], settings: Sequence[Setting]) -> d
     return found
 
 
+def occurrence_of_yaml(key: str, value: Any) -> Occurrence:
+    """Return a line of a config file as the flag with words that it stands for."""
+    values = value if isinstance(value, list) else [value]
+    words = () if value is True else tuple(str(item) for item in values)
+    return Occurrence(f"--{key.replace('_', '-')}", words)
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     """Return the mapping in a config file; raise ConfigError when it cannot be read as one."""
     try:
@@ -76,7 +83,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as problem:
         raise ConfigError(f"--config {path} cannot be read: {problem}") from problem
     try:
-        content = yaml.load(text, Loader=_NoDuplicates)  # noqa: S506 (a SafeLoader)
+        content = yaml.load(text, Loader=_NoDuplicates)
     except yaml.YAMLError as problem:
         raise ConfigError(f"--config {path} is not YAML: {' '.join(str(problem).split())}") from problem
     if content is None:

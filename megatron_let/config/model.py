@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_let.config.setting import option
+from megatron_let.config.setting import filled_later, option
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Sequence, positions, embeddings and activation of the student."""
 
-    seq_length: int | None = None
+    seq_length: int = filled_later()
     """Number of tokens in a training sequence."""
 
-    max_position_embeddings: int | None = None
+    max_position_embeddings: int = filled_later()
     """Largest number of positions the model can take; at least --seq-length, which is the default."""
 
     position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
@@ -77,17 +77,14 @@ class ModelConfig:
 class TokenizerConfig:
     """Where token ids come from."""
 
-    tokenizer_type: (
-        Literal[
-            "HuggingFaceTokenizer",
-            "GPT2BPETokenizer",
-            "SentencePieceTokenizer",
-            "GPTSentencePieceTokenizer",
-            "Llama2Tokenizer",
-            "NullTokenizer",
-        ]
-        | None
-    ) = None
+    tokenizer_type: Literal[
+        "HuggingFaceTokenizer",
+        "GPT2BPETokenizer",
+        "SentencePieceTokenizer",
+        "GPTSentencePieceTokenizer",
+        "Llama2Tokenizer",
+        "NullTokenizer",
+    ] = filled_later()
     """Kind of tokenizer. NullTokenizer splits digits only and needs --vocab-size (mock data)."""
 
     tokenizer_model: str | None = None

@@ -70,6 +70,11 @@ def option(
     return field(default=default, metadata={k: v for k, v in given.items() if v is not None})
 
 
+def filled_later() -> Any:
+    """Return a dataclass field that is None only until the command line or `config/derive.py` fills it."""
+    return field(default=None)
+
+
 def value_type_of(annotation: Any, may_be_none: bool = False) -> ValueType:
     """Return the `ValueType` of a field annotation; raise TypeError for one that no word can spell."""
     origin, arguments = get_origin(annotation), get_args(annotation)

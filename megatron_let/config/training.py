@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_let.config.setting import option
+from megatron_let.config.setting import filled_later, option
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """Batches, length of the run, when to leave it."""
 
-    micro_batch_size: int | None = None
+    micro_batch_size: int = filled_later()
     """Sequences in one microbatch of one model replica."""
 
-    global_batch_size: int | None = None
+    global_batch_size: int = filled_later()
     """Sequences in one iteration. Default: --micro-batch-size times the data-parallel size."""
 
     rampup_batch_size: tuple[int, int, int] | None = None
@@ -48,7 +48,7 @@ class TrainingConfig:
     manual_gc_interval: int = 0
     """With --manual-gc: collect every so many iterations; 0 only around validation."""
 
-    manual_gc_eval: bool = True
+    manual_gc_eval: bool = option(True, off_flags=("--no-manual-gc-eval", "--disable-manual-gc-eval"))
     """With --manual-gc: collect before and after each validation."""
 
     empty_unused_memory_level: Literal[0, 1, 2] = 0

@@ -68,7 +68,7 @@ _PRECISION = (
     Exposed("fp8_margin"),
     Exposed("fp8_amax_history_len"),
     Exposed("fp8_amax_compute_algo"),
-    Exposed("fp8_wgrad"),
+    Exposed("fp8_wgrad", off_flags=("--no-fp8-wgrad", "--disable-fp8-wgrad")),
     Exposed("first_last_layers_bf16"),
     Exposed("num_layers_at_start_in_bf16"),
     Exposed("num_layers_at_end_in_bf16"),
@@ -110,7 +110,10 @@ _KERNELS = (
     _fused("persist_layer_norm", "persist-layer-norm", "Use the persistent layer norm kernel."),
     Exposed("cross_entropy_loss_fusion"),
     Exposed("cross_entropy_fusion_impl"),
-    Exposed("clone_scatter_output_in_embedding"),
+    Exposed(
+        "clone_scatter_output_in_embedding",
+        off_flags=("--no-clone-scatter-output-in-embedding", "--disable-clone-scatter-output-in-embedding"),
+    ),
 )
 
 _RECOMPUTE = (

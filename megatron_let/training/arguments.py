@@ -1,41 +1,143 @@
-"""The command line of `pretrain_let.py`: words and a YAML file -> RunConfig."""
+"""The command line of `pretrain_let.py`: words and a YAML file -> RunConfig.
+
+Megatron-LM's flag names. What the words mean comes from the settings' dataclasses (ours and megatron-core's), what
+Megatron-LM's other flags are from `config/megatron_flags.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from megatron_let import __version__
 from megatron_let.config.command_line import (
+    Occurrence,
     format_help,
     nearest,
+    occurrence_of_yaml,
     read_yaml,
     split_words,
     values_of_mapping,
     values_of_occurrences,
 )
+from megatron_let.config.derive import derive
+from megatron_let.config.megatron_flags import REFUSED, WITHOUT_EFFECT, family_of, is_foreign
 from megatron_let.config.run_config import RunConfig, all_settings
+from megatron_let.config.setting import Setting
 from megatron_let.errors import ConfigError
 from megatron_let.mcore.settings import CORE_SECTIONS
 
+PROGRAM = "pretrain_let.py"
+_OWN_FLAGS = ("-h", "--help", "--version", "--config")
+_logger = logging.getLogger(__name__)
+
 
 def parse_arguments(argv: Sequence[str]) -> RunConfig:
-    """Return the settings of a run; print and exit 0 for --help and --version; raise ConfigError."""
+    """Return the settings that a command line (without the program's name) and its --config file give.
+
+    What follows from them is filled in; `config.derive.resolve` then checks them for a number of ranks. Prints and
+    exits 0 for --help and --version. Raises ConfigError: a flag or name that is unknown or refused, a value of the
+    wrong type, a file that cannot be read.
+    """
     settings = all_settings(CORE_SECTIONS)
-    known = {flag for setting in settings for flag in setting.flags}
-    ours = []
+    occurrences = split_words(argv)
+    _answer_questions(occurrences, settings)
+    from_file = _file_content(occurrences)
+    foreign = [item for item in occurrences if is_foreign(item.flag)]
+    foreign += [
+        occurrence_of_yaml(key, value) for key, value in from_file.items() if _is_foreign_line(key, value)
+    ]
+    _judge_foreign(foreign)
     values = {setting.dest: setting.default for setting in settings}
-    for occurrence in split_words(argv):
-        if occurrence.flag in ("-h", "--help"):
-            print(format_help(settings, prog="pretrain_let.py", description="", epilog=""))
-            raise SystemExit(0)
-        if occurrence.flag == "--version":
-            print(f"megatron_let {__version__}")
-            raise SystemExit(0)
-        if occurrence.flag == "--config":
-            values.update(values_of_mapping(read_yaml(occurrence.words[0]), settings))
-        elif occurrence.flag not in known:
-            raise ConfigError(f"unknown flag {occurrence.flag}{nearest(occurrence.flag, known)}")
-        else:
-            ours.append(occurrence)
-    values.update(values_of_occurrences(ours, settings))
-    return RunConfig.from_values(values, CORE_SECTIONS)
+    own_lines = {key: value for key, value in from_file.items() if not is_foreign(_flag(key))}
+    values.update(values_of_mapping(own_lines, settings))
+    values.update(_values_of_flags([item for item in occurrences if not is_foreign(item.flag)], settings))
+    return derive(RunConfig.from_values(values, CORE_SECTIONS), warn=_warn)
+
+
+def _answer_questions(occurrences: Iterable[Occurrence], settings: Sequence[Setting]) -> None:
+    """Print what --help or --version asks for and exit."""
+    flags = {occurrence.flag for occurrence in occurrences}
+    if flags & {"-h", "--help"}:
+        _say(
+            format_help(
+                settings,
+                prog=PROGRAM,
+                description="Pretrain a GPT with Megatron-Core. --let-teacher-load PATH adds a small frozen teacher that "
+                "guides an early layer for the first iterations.",
+                epilog="docs/flags.md has the same list, with Megatron-LM's flags that have no effect or are refused.",
+            )
+        )
+        raise SystemExit(0)
+    if "--version" in flags:
+        _say(f"megatron_let {__version__}")
+        raise SystemExit(0)
+
+
+def _file_content(occurrences: Iterable[Occurrence]) -> dict[str, Any]:
+    """Return the lines of the --config file, none without one."""
+    given = [occurrence.words for occurrence in occurrences if occurrence.flag == "--config"]
+    if not given:
+        return {}
+    if len(given) > 1 or len(given[0]) != 1:
+        raise ConfigError("--config takes one file and is given once")
+    return read_yaml(given[0][0])
+
+
+def _values_of_flags(occurrences: Iterable[Occurrence], settings: Sequence[Setting]) -> dict[str, Any]:
+    """Return dest -> value for the flags typed."""
+    known = {flag for setting in settings for flag in setting.flags}
+    ours = [occurrence for occurrence in occurrences if occurrence.flag not in _OWN_FLAGS]
+    for flag in (occurrence.flag for occurrence in ours):
+        if flag not in known:
+            raise ConfigError(f"unknown flag {flag}{nearest(flag, known | set(_OWN_FLAGS))}")
+    return values_of_occurrences(ours, settings)
+
+
+def _judge_foreign(foreign: Iterable[Occurrence]) -> None:
+    """Warn once about each of Megatron-LM's flags that have no effect here; raise ConfigError for a refused one.
+
+    A refused flag passes when its value is what happens here anyway.
+    """
+    warnings: dict[str, str] = {}
+    for flag, words in foreign:
+        refused, ignored = family_of(flag, REFUSED), family_of(flag, WITHOUT_EFFECT)
+        if refused is not None:
+            harmless = refused.entries()[flag]
+            if not harmless or words != (harmless,):
+                raise ConfigError(f"{flag} is not supported: {refused.reason}")
+        elif ignored is not None:
+            if words and ignored.entries()[flag] is None:
+                raise ConfigError(f"{flag} is a switch and takes no value, got {' '.join(words)}")
+            warnings[flag] = f"{flag} has no effect: {ignored.reason}"
+    for warning in warnings.values():
+        _warn(warning)
+
+
+def _flag(key: str) -> str:
+    """Return the flag that a key of a config file spells."""
+    return f"--{key.replace('_', '-')}"
+
+
+def _is_foreign_line(key: str, value: Any) -> bool:
+    """Return whether a line of a config file turns on a flag that is no setting here."""
+    return is_foreign(_flag(key)) and value is not False and value is not None
+
+
+def _is_first_rank() -> bool:
+    """Return whether this process speaks for the run, by torchrun's environment; groups do not exist yet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(text: str) -> None:
+    """Print on the first rank."""
+    if _is_first_rank():
+        print(text)
+
+
+def _warn(message: str) -> None:
+    """Log a warning on the first rank."""
+    if _is_first_rank():
+        _logger.warning(message)

@@ -1,0 +1,101 @@
+"""Rules on data sources and tokenizers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from megatron_let.config.checks.rules import given, require, require_takes_effect
+from megatron_let.config.run_config import RunConfig
+
+TOKENIZER_FILES = {
+    "HuggingFaceTokenizer": ("tokenizer_model",),
+    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
+    "SentencePieceTokenizer": ("tokenizer_model",),
+    "GPTSentencePieceTokenizer": ("tokenizer_model",),
+    "Llama2Tokenizer": ("tokenizer_model",),
+    "NullTokenizer": (),
+}
+"""Tokenizer type -> settings it needs; it takes no other of these."""
+
+_PER_SPLIT = ("train_data_path", "valid_data_path", "test_data_path")
+
+
+def check_source(config: RunConfig) -> None:
+    """There is one source of data."""
+    data = config.data
+    sources = given(data, "data_path", "mock_data") + (
+        ["--train-data-path ..."] if given(data, *_PER_SPLIT) else []
+    )
+    require(
+        len(sources) == 1,
+        "give one source of data (--data-path, or --train-data-path with --valid-data-path and --test-data-path, or "
+        f"--mock-data), got {' and '.join(sources) if sources else 'none'}",
+    )
+    if given(data, *_PER_SPLIT):
+        require(
+            data.train_data_path is not None or config.validation.skip_train,
+            f"{' and '.join(given(data, *_PER_SPLIT))} without --train-data-path; give it too",
+        )
+        require(data.split is None, "--split cannot take effect with one path for each split; leave it out")
+    else:
+        check_split(data.split)
+    for name in ("data_path", *_PER_SPLIT):
+        check_blend(f"--{name.replace('_', '-')}", getattr(data, name) or ())
+    if not data.create_attention_mask_in_dataloader:
+        require(
+            not data.reset_attention_mask,
+            "--reset-attention-mask needs the loader's masks; leave out --no-create-attention-mask-in-dataloader",
+        )
+
+
+def check_split(split: str | None) -> None:
+    """A split is one to three shares, the first (training) above zero."""
+    if split is None:
+        return
+    shares = [float(share) for share in re.findall(r"\d*\.?\d+", split)]
+    rest = re.sub(r"[\d.]|[\s,/'\"]", "", split)
+    require(
+        not rest and 1 <= len(shares) <= 3 and shares[0] > 0,
+        f"--split is up to three shares for training, validation and test such as 969,30,1, got {split}",
+    )
+
+
+def check_blend(flag: str, words: Sequence[str]) -> None:
+    """A blend is prefixes alone, or weight and prefix by turns."""
+    if not any(_is_number(word) for word in words):
+        return
+    weights, prefixes = words[::2], words[1::2]
+    by_turns = len(words) % 2 == 0 and all(_is_number(word) for word in weights)
+    require(
+        by_turns and not any(_is_number(word) for word in prefixes),
+        f"{flag} is one or more prefixes, or WEIGHT PREFIX WEIGHT PREFIX ..., got {' '.join(words)}",
+    )
+    require(
+        all(float(weight) >= 0 for weight in weights) and sum(float(weight) for weight in weights) > 0,
+        f"{flag} needs weights of 0 or more that are not all 0, got {' '.join(weights)}",
+    )
+
+
+def _is_number(word: str) -> bool:
+    """Return whether `word` would be read as a weight."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def check_tokenizer(config: RunConfig) -> None:
+    """A tokenizer has the files it needs and no others."""
+    tokenizer = config.tokenizer
+    kind = tokenizer.tokenizer_type
+    if kind is None:
+        return
+    needed = TOKENIZER_FILES[kind]
+    missing = [f"--{name.replace('_', '-')}" for name in needed if getattr(tokenizer, name) is None]
+    require(not missing, f"--tokenizer-type {kind} needs {' and '.join(missing)}")
+    others = [name for name in ("tokenizer_model", "vocab_file", "merge_file") if name not in needed]
+    require_takes_effect(tokenizer, *others, needs=f"a --tokenizer-type other than {kind}")
+    if kind == "NullTokenizer":
+        require(config.model.vocab_size is not None, "--tokenizer-type NullTokenizer needs --vocab-size")

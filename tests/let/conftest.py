@@ -1,11 +1,6 @@
-"""Fixtures of the tests of `megatron_let.let`: no network, one thread, tiny teachers on disk."""
+"""What the tests of `megatron_let.let` share: the same random numbers in every order of running them."""
 
 from __future__ import annotations
-
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 import pytest
 import torch

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import write_tiny_model
 
 from megatron_let.errors import ConfigError
 from megatron_let.let import load_hf_teacher
+from megatron_let.testing.tiny_teachers import write_tiny_teacher
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return directories of whole tiny models."""
     root = tmp_path_factory.mktemp("originals")
     for family in ("llama", "gpt2"):
-        write_tiny_model(family, root / family)
+        write_tiny_teacher(family, root / family)
     return {family: root / family for family in ("llama", "gpt2")}
 
 
@@ -56,6 +56,13 @@ def edit_weights(directory: Path, edit: Callable[[dict[str, torch.Tensor]], None
     weights = load_file(directory / "model.safetensors")
     edit(weights)
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def drop_weight(directory: Path, name: str) -> None:
+    def drop(weights: dict[str, torch.Tensor]) -> None:
+        del weights[name]
+
+    edit_weights(directory, drop)
 
 
 def test_the_undamaged_copy_loads(teacher_directory: Path) -> None:
@@ -145,13 +152,13 @@ def test_missing_or_truncated_shard_and_broken_index(teacher_directory: Path) ->
 
 @pytest.mark.parametrize("layer", [None, 1])
 def test_missing_weight_is_never_replaced_by_a_random_one(teacher_directory: Path, layer: int | None) -> None:
-    edit_weights(teacher_directory, lambda weights: weights.pop("model.layers.0.mlp.up_proj.weight") and None)
+    drop_weight(teacher_directory, "model.layers.0.mlp.up_proj.weight")
     message = refusal(teacher_directory, layer)
     assert "layers.0.mlp.up_proj.weight" in message
 
 
 def test_a_hole_above_the_chosen_layer_does_not_matter(teacher_directory: Path) -> None:
-    edit_weights(teacher_directory, lambda weights: weights.pop("model.layers.2.mlp.up_proj.weight") and None)
+    drop_weight(teacher_directory, "model.layers.2.mlp.up_proj.weight")
     assert load(teacher_directory, 2).hidden_size == 24
     assert "layers.2.mlp.up_proj.weight" in refusal(teacher_directory)
 

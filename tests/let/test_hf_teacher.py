@@ -11,9 +11,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from tiny_models import CONTEXT, FAMILIES, NUM_LAYERS, VOCABULARY, WIDTH, write_tiny_model
 
 from megatron_let.let import AlignmentTarget, Teacher, add_alignment_gradient, load_hf_teacher, segment_states
+from megatron_let.testing.tiny_teachers import (
+    CONTEXT,
+    FAMILIES,
+    NUM_LAYERS,
+    VOCABULARY,
+    WIDTH,
+    write_tiny_teacher,
+)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -22,7 +29,7 @@ def model_on_disk(
 ) -> tuple[Any, Path, str]:
     """Return the full model, its directory and its family."""
     directory = tmp_path_factory.mktemp(request.param)
-    return write_tiny_model(request.param, directory), directory, request.param
+    return write_tiny_teacher(request.param, directory), directory, request.param
 
 
 def load(directory: Path, layer: int | None = None, dtype: torch.dtype = torch.float32) -> Teacher:
@@ -72,7 +79,7 @@ def test_every_layer_equals_that_of_the_full_model(model_on_disk: tuple[Any, Pat
 
 
 def test_teacher_says_what_it_is(model_on_disk: tuple[Any, Path, str]) -> None:
-    model, directory, family = model_on_disk
+    _, directory, family = model_on_disk
     last, middle = load(directory), load(directory, 2)
     assert (last.vocab_size, last.context_length) == (VOCABULARY, CONTEXT)
     assert last.hidden_size == (16 if family == "opt-350m" else WIDTH)

@@ -1,4 +1,4 @@
-"""Tiny random causal language models of the tested families, written to disk in Hugging Face form."""
+"""Tiny random teachers: causal language models of the tested families, written to disk in Hugging Face form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VOCABULARY, WIDTH, NUM_LAYERS, CONTEXT = 67, 24, 3, 32
 FAMILIES = ("llama", "llama-untied", "opt", "opt-350m", "gpt-neox", "gpt2")
 
 
-def tiny_config(family: str) -> Any:
+def tiny_teacher_config(family: str) -> Any:
     """Return the configuration of a model with 3 layers of width 24 and 32 positions."""
     import transformers
 
@@ -39,7 +39,7 @@ def tiny_config(family: str) -> Any:
     return transformers.GPT2Config(**shape)
 
 
-def write_tiny_model(family: str, directory: Path) -> Any:
+def write_tiny_teacher(family: str, directory: Path) -> Any:
     """Write a random model to `directory` and return it, in evaluation mode.
 
     The weights are spread wider than the families' own 0.02, so that every part of a block shows in the result.
@@ -47,7 +47,7 @@ def write_tiny_model(family: str, directory: Path) -> Any:
     import transformers
 
     torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+    model = transformers.AutoModelForCausalLM.from_config(tiny_teacher_config(family)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

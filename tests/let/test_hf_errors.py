@@ -52,7 +52,7 @@ def edit_config(directory: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def edit_weights(directory: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def edit_weights(directory: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
     weights = load_file(directory / "model.safetensors")
     edit(weights)
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
@@ -224,7 +224,16 @@ def test_encoders_and_encoder_decoders(tmp_path: Path) -> None:
     assert "encoder-decoder" in refusal(tmp_path / "t5")
 
 
-def test_code_in_the_directory_is_not_run_unless_asked(teacher_directory: Path, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite(teacher_directory: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_weights(teacher_directory, lambda weights: weights[name].fill_(float("nan")))
+    assert "not finite" in refusal(teacher_directory)
+    assert load(teacher_directory, 1).hidden_size == 24
+
+
+def test_code_in_the_directory_is_not_run_unless_asked(
+    teacher_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trace = tmp_path / "was-run"
     (teacher_directory / "own_code.py").write_text(
         f"open({str(trace)!r}, 'w').close()\n"
@@ -239,3 +248,10 @@ def test_code_in_the_directory_is_not_run_unless_asked(teacher_directory: Path, 
     )
     assert "--let-trust-remote-code" in refusal(teacher_directory)
     assert not trace.exists()
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    teacher = load_hf_teacher(
+        teacher_directory, layer=None, dtype=torch.float32, device="cpu", trust_remote_code=True
+    )
+    assert trace.exists()
+    assert "OwnModel" in teacher.description

@@ -47,6 +47,11 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
                 directory, local_files_only=True, trust_remote_code=trust_remote_code
             )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise config_error(
+                directory,
+                "needs Python code of its own to be read; look at its .py files, then pass --let-trust-remote-code",
+            ) from error
         raise config_error(directory, "has a config.json that transformers cannot use", error) from error
     if config.is_encoder_decoder:
         raise config_error(

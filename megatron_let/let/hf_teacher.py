@@ -72,13 +72,10 @@ def load_hf_teacher(
     body.to(device)  # the device alone: rotary frequencies stay in fp32 whatever the weights' dtype
     try:
         teacher = HFTeacher(body, middle_layer, description=description)
-        is_causal = _is_causal(teacher)
+        trial = _trial_states(teacher)
     except RUN_ERRORS as error:
         raise config_error(directory, "cannot be run on token ids alone", error) from error
-    if not is_causal:
-        raise config_error(
-            directory, "is no causal language model: a token's state depends on the tokens after it"
-        )
+    _check_trial(directory, trial, dtype)
     return teacher
 
 
@@ -243,15 +240,28 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _is_causal(teacher: HFTeacher) -> bool:
-    """Return False for a model, such as an encoder, whose states depend on later tokens."""
+def _trial_states(teacher: HFTeacher) -> Tensor:
+    """Return the states [2, l, d_t] of two short rows that differ in their last token only, in fp32."""
     length = min(4, teacher.context_length or 4)
     rows = torch.zeros(2, length, dtype=torch.long, device=teacher.device)
     rows[1, -1] = min(1, teacher.vocab_size - 1)
-    first, second = teacher.states(rows)[:, :-1].float().unbind()
+    return teacher.states(rows).float()
+
+
+def _check_trial(directory: Path, trial: Tensor, dtype: torch.dtype) -> None:
+    """Refuse a model whose states are not finite, or, as in an encoder, depend on later tokens."""
+    if not torch.isfinite(trial).all():
+        raise config_error(
+            directory,
+            f"gives states that are not finite in {dtype}: its weights are damaged, or too large for that "
+            "--let-teacher-dtype",
+        )
+    first, second = trial[:, :-1].unbind()
     # equal to the last bit as a rule; 1e-3 leaves room for kernels that treat the rows of a batch differently
-    tolerance = 1e-3 * first.abs().amax() if first.numel() else 0.0
-    return bool(((first - second).abs() <= tolerance).logical_or(first.isnan()).all())
+    if bool(((first - second).abs() > 1e-3 * trial.abs().max()).any()):
+        raise config_error(
+            directory, "is no causal language model: a token's state depends on the tokens after it"
+        )
 
 
 def _describe(directory: Path, body: nn.Module, layer: int, num_layers: int) -> str:

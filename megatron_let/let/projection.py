@@ -19,8 +19,9 @@ def at_least_fp32(values: Tensor) -> Tensor:
 def interpolate_width(states: Tensor, width: int) -> Tensor:
     """Return `states` resampled along the last axis, in fp32 (fp64 for fp64).
 
-    Two ways to the same values: torch's linear kernel on CPU, where it is ten times faster than gathers; gathers
-    elsewhere, since that kernel on CUDA is parallel over the output width alone and loops over the tokens.
+    Two ways to the same values, up to fp32 rounding of torch's positions: torch's linear kernel on CPU, where it is
+    five to ten times faster than gathers; gathers elsewhere, since that kernel on CUDA is parallel over the output
+    width alone and loops over the tokens.
 
     Args:
         states: [..., d_t]; differentiable.

@@ -16,7 +16,7 @@ from megatron_let.data.manifest import SourceFile
 from megatron_let.errors import ConfigError
 from megatron_let.optional import has_zstandard
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 18
 # Small, because one compressed chunk is expanded at once.
 _COMPRESSED_CHUNK_BYTES = 1 << 16
 

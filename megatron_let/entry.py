@@ -1,0 +1,143 @@
+"""What surrounds a program's `main`: exit codes, the one line about a failure, and the record of how it ended.
+
+    if __name__ == "__main__":
+        end_program(run_main(main))
+
+Under `python -m megatron_let.launch` a failing rank prints nothing: it leaves a record, and the launcher shows
+the first failure alone. Under bare torchrun, or with no launcher, the rank prints it as its last words.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
+
+from megatron_let.errors import EXIT_CRASH, EXIT_DONE, LetError
+from megatron_let.exit_status import (
+    FailureRecord,
+    announce_save_directory,
+    clear_exit_status,
+    has_exit_status_since,
+    leave_record,
+    reason_of,
+    write_exit_status,
+)
+from megatron_let.lifetime import ELASTIC_RUN_VARIABLE, die_with_launcher
+
+# Under bare torchrun all ranks meet the same configuration error within moments. Rank 0 speaks at once and its end
+# makes torchrun stop the others in a tenth of a second; these wait longer than that before they speak.
+_TURN_SECONDS = 1.0
+_TURN_STEP_SECONDS = 0.25
+
+
+@dataclass
+class RunReport:
+    """What a run says about itself while it goes, so that its end can be recorded."""
+
+    save_directory: str | None = None
+    iteration: int | None = None
+    reason: str | None = None  # why it ended, when it ended by itself; default: the name of its exit code
+    message: str = ""
+
+    def saves_to(self, directory: str | os.PathLike[str]) -> None:
+        """Note where `exit_status.json` belongs, and drop the one of an earlier run (rank 0)."""
+        self.save_directory = os.fspath(directory)
+        if _rank() == 0:
+            clear_exit_status(directory)
+            announce_save_directory(directory)
+
+
+def run_main(main: Callable[[RunReport], int]) -> int:
+    """Call `main(report)` and return this program's exit code, having told once what went wrong.
+
+    A `LetError` becomes one line `error: ...`; anything else keeps its traceback and code 1; Ctrl-C is 130.
+    SIGTERM keeps its default action (or what `main` makes of it), so that a hung collective cannot delay it.
+    """
+    die_with_launcher()
+    started = time.time()
+    report = RunReport()
+    try:
+        code = main(report)
+    except LetError as error:
+        return _fail(report, started, error.exit_code, f"error: {_one_line(error)}", trace=None)
+    except KeyboardInterrupt:
+        return _fail(report, started, 128 + signal.SIGINT, "error: interrupted", trace=None)
+    except Exception as error:
+        line = f"error: {type(error).__name__}: {_one_line(error)}"
+        return _fail(report, started, EXIT_CRASH, line, trace=traceback.format_exc())
+    if _rank() == 0 and report.save_directory is not None:
+        reason = report.reason or reason_of(code)
+        write_exit_status(report.save_directory, code, reason, report.message, report.iteration)
+    return code
+
+
+def end_program(code: int) -> NoReturn:
+    """End this program with `code`, at once when it failed.
+
+    After a failure the usual end of an interpreter may wait for threads and peers that will never answer, while
+    the other ranks wait for this one: its children are killed, its output is written out, and it is gone.
+    """
+    if code == EXIT_DONE:
+        sys.exit(code)
+    for child in multiprocessing.active_children():
+        child.kill()
+    logging.shutdown()
+    _flush()
+    os._exit(code)
+
+
+def _fail(report: RunReport, started: float, code: int, line: str, *, trace: str | None) -> int:
+    """Record this rank's failure, tell it unless the launcher will, and return the exit code."""
+    record = FailureRecord(
+        exit_code=code,
+        message=line,
+        traceback=trace,
+        time=time.time(),
+        rank=_rank(),
+        pids=(os.getpid(), os.getppid()),
+        save_directory=report.save_directory,
+        iteration=report.iteration,
+    )
+    directory = report.save_directory
+    # A crash is often the echo of a peer's failure: it never writes over what a peer of this run wrote.
+    if directory is not None and (trace is None or not has_exit_status_since(directory, started)):
+        write_exit_status(directory, code, reason_of(code), line, report.iteration)
+    if not leave_record(record):
+        _speak(trace or line)
+    return code
+
+
+def _speak(text: str) -> None:
+    """Print a rank's last words on stderr, in turn when torchrun may be about to stop this rank for a peer's."""
+    if ELASTIC_RUN_VARIABLE in os.environ and _rank() != 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_TURN_SECONDS + _TURN_STEP_SECONDS * int(os.environ.get("LOCAL_RANK", "0")))
+    _flush()
+    print(text.rstrip("\n"), file=sys.stderr, flush=True)
+
+
+def _flush() -> None:
+    """Write out both streams; a closed one is nobody's loss."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            continue
+
+
+def _one_line(error: BaseException) -> str:
+    """Return an error's message without line breaks."""
+    return " ".join(str(error).split())
+
+
+def _rank() -> int:
+    """Return this program's global rank, 0 when it is alone."""
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,1 @@
+"""The launcher: torchrun that ends as its workers ended."""

@@ -1,0 +1,161 @@
+"""The launcher, with real workers: whose code it ends with, what it says last, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_let.launch.launcher import main
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = Path(__file__).parent / "program.py"
+LIMIT = 60  # seconds, for anything here; each takes three to five alone
+
+Launch = Callable[..., subprocess.Popen]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    """Return a function that starts the program on two ranks; what still runs after the test is killed."""
+    started: list[subprocess.Popen] = []
+
+    def start(ending: str, *arguments: str, launcher: str = "megatron_let.launch") -> subprocess.Popen:
+        command = [sys.executable, "-m", launcher, "--nproc-per-node", "2", *arguments]
+        environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+        environment["PYTHONPATH"] = str(ROOT)
+        program = subprocess.Popen(
+            [*command, str(PROGRAM), ending, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        started.append(program)
+        return program
+
+    yield start
+    for program in started:
+        program.kill()
+        program.communicate()
+
+
+def wait_for(is_so: Callable[[], bool]) -> None:
+    """Wait until something is so, or fail."""
+    deadline = time.monotonic() + LIMIT
+    while not is_so():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.02)
+
+
+def status_in(directory: Path) -> dict[str, Any]:
+    """Read the exit status that a run left."""
+    status: dict[str, Any] = json.loads((directory / "exit_status.json").read_text())
+    return status
+
+
+def workers_run(directory: Path) -> bool:
+    """Return whether any of the two workers is still there."""
+    return any(Path("/proc", (directory / f"pid_{rank}").read_text()).exists() for rank in (0, 1))
+
+
+def test_a_good_run_ends_with_0_and_says_only_what_its_workers_say(launch: Launch, tmp_path: Path) -> None:
+    program = launch("well")
+    out, err = program.communicate(timeout=LIMIT)
+    assert program.returncode == 0, err
+    assert out.splitlines() == ["sum 2", "sum 2"]
+    assert status_in(tmp_path)["reason"] == "done"
+
+
+def test_a_configuration_error_of_all_ranks_is_one_line_and_code_2(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "exit_status.json").write_text("of an earlier run")
+    program = launch("all_misconfigured")
+    out, err = program.communicate(timeout=LIMIT)
+    assert program.returncode == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("error: 3 is given, only 1, 2 and 4 are allowed")
+    status = status_in(tmp_path)
+    assert (status["exit_code"], status["reason"], status["iteration"]) == (2, "bad configuration", 3)
+    assert status["message"] == err.strip()
+
+
+def test_a_crash_of_one_rank_shows_its_traceback_last_and_ends_the_others(
+    launch: Launch, tmp_path: Path
+) -> None:
+    program = launch("rank_1_raises")
+    _, err = program.communicate(timeout=LIMIT)
+    assert program.returncode == 1
+    assert err.startswith("rank 1:\nTraceback")
+    assert err.endswith("RuntimeError: the tap dripped\n")
+    assert err.count("Traceback") == 1
+    assert status_in(tmp_path)["message"] == "error: RuntimeError: the tap dripped"
+    assert not workers_run(tmp_path)
+
+
+def test_a_worker_killed_by_a_signal_gives_128_plus_n(launch: Launch, tmp_path: Path) -> None:
+    program = launch("rank_1_killed")
+    _, err = program.communicate(timeout=LIMIT)
+    assert program.returncode == 128 + signal.SIGKILL
+    assert err.count("\n") == 1
+    assert err.startswith("error: rank 1 (pid ")
+    assert status_in(tmp_path)["reason"] == "signal SIGKILL"
+
+
+def test_a_code_without_a_word_is_passed_on_and_named(launch: Launch) -> None:
+    program = launch("plain_code")
+    _, err = program.communicate(timeout=LIMIT)
+    assert program.returncode == 7
+    assert err == "error: rank 1 ended with exit code 7; its own output says why\n"
+
+
+def test_sigterm_goes_to_the_workers_which_may_save_and_choose_the_code(
+    launch: Launch, tmp_path: Path
+) -> None:
+    program = launch("saves_on_sigterm")
+    wait_for(lambda: all((tmp_path / f"ready_{rank}").exists() for rank in (0, 1)))
+    program.send_signal(signal.SIGTERM)
+    wait_for(lambda: all((tmp_path / f"saving_{rank}").exists() for rank in (0, 1)))
+    program.send_signal(signal.SIGTERM)  # a second one during the save
+    _, err = program.communicate(timeout=LIMIT)
+    assert program.returncode == 5, err
+    assert all(int((tmp_path / f"saved_{rank}").read_text()) >= 2 for rank in (0, 1))
+    assert status_in(tmp_path)["exit_code"] == 5
+
+
+def test_workers_that_ignore_sigterm_are_killed_after_the_grace(launch: Launch, tmp_path: Path) -> None:
+    program = launch("ignores_sigterm", "--shutdown-timeout", "1")
+    wait_for(lambda: all((tmp_path / f"ready_{rank}").exists() for rank in (0, 1)))
+    sent = time.monotonic()
+    program.send_signal(signal.SIGTERM)
+    program.communicate(timeout=LIMIT)
+    assert program.returncode == 128 + signal.SIGKILL
+    assert time.monotonic() - sent < 10
+    assert not workers_run(tmp_path)
+
+
+def test_workers_do_not_outlive_a_launcher_that_is_killed(launch: Launch, tmp_path: Path) -> None:
+    program = launch("ignores_sigterm")
+    wait_for(lambda: all((tmp_path / f"ready_{rank}").exists() for rank in (0, 1)))
+    program.kill()
+    wait_for(lambda: not workers_run(tmp_path))
+
+
+def test_under_bare_torchrun_the_line_is_one_ranks_last_word(launch: Launch) -> None:
+    program = launch("rank_1_misconfigured", launcher="torch.distributed.run")
+    _, err = program.communicate(timeout=LIMIT)
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert lines == ["error: 3 is given, only 1, 2 and 4 are allowed (1)"]
+
+
+def test_a_script_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--nproc-per-node", "2", "nowhere.py", "--tp", "2"]) == 2
+    assert capsys.readouterr().err == "error: nowhere.py is not a file; give the path of the script to run\n"

@@ -12,6 +12,7 @@ import sys
 
 from megatron_let.config.derive import resolve
 from megatron_let.entry import RunReport, end_program, run_main
+from megatron_let.log import configure_logging
 from megatron_let.mcore.parallel import parallel_context
 from megatron_let.training.arguments import parse_arguments
 from megatron_let.training.build import build_trainer
@@ -20,10 +21,14 @@ from megatron_let.training.signals import stop_on_signal
 
 def main(report: RunReport) -> int:
     """Parse, build, fit; return the exit code."""
+    configure_logging()
     config = resolve(parse_arguments(sys.argv[1:]), int(os.environ.get("WORLD_SIZE", "1")))
     if config.checkpoint.save is not None:
         report.saves_to(config.checkpoint.save)
-    with stop_on_signal(is_on=config.training.exit_signal_handler) as stop, parallel_context(config) as context:
+    with (
+        stop_on_signal(is_on=config.training.exit_signal_handler) as stop,
+        parallel_context(config) as context,
+    ):
         return build_trainer(config, context, stop).fit()
 
 

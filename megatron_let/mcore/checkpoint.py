@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -46,7 +46,9 @@ class Parts:
     with_rng: bool
 
 
-def save_content(directory: Path, parts: Parts, context: ParallelContext, *, iteration: int, run: dict[str, Any]) -> None:
+def save_content(
+    directory: Path, parts: Parts, context: ParallelContext, *, iteration: int, run: dict[str, Any]
+) -> None:
     """Write `parts` and the plain values `run` into the existing empty `directory`; every rank calls this."""
     metadata = _metadata(context)
     state = _sharded_parts(parts, context, metadata, is_loading=False)
@@ -101,7 +103,9 @@ def _sharded_parts(
         for name, chunk in zip(_model_keys(len(chunks)), chunks, strict=True)
     }
     if parts.optimizer is not None:
-        state["optimizer"] = parts.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+        state["optimizer"] = parts.optimizer.sharded_state_dict(
+            state, is_loading=is_loading, metadata=metadata
+        )
     if parts.with_rng:
         state["rng_state"] = ShardedObject(
             "rng_state",

@@ -25,7 +25,10 @@ class DataTokenizer(Protocol):
 
     vocab_size: int
     eod: int
-    unique_identifiers: OrderedDict[str, Any]
+
+    @property
+    def unique_identifiers(self) -> OrderedDict[str, Any]:
+        """Return what tells this tokenizer from others, for the name of cached indices."""
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,9 @@ def load_frozen_gpt(
     config = RunConfig.from_dict(saved_config, CORE_SECTIONS)
     num_layers = config.transformer.num_layers
     if layer is not None and not 1 <= layer <= num_layers:
-        raise ConfigError(f"--let-teacher-layer {layer}: the teacher in {directory} has layers 1 to {num_layers}")
+        raise ConfigError(
+            f"--let-teacher-layer {layer}: the teacher in {directory} has layers 1 to {num_layers}"
+        )
     built = num_layers if layer is None else layer
     reader = dcp.FileSystemReader(str(directory))
     stored = reader.read_metadata().state_dict_metadata
@@ -144,7 +146,9 @@ def _build_alone(
 
 def _groups_of_one() -> ProcessGroupCollection:
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    return ProcessGroupCollection(tp=alone, pp=alone, cp=alone, embd=alone, pos_embd=alone, dp=alone, dp_cp=alone)
+    return ProcessGroupCollection(
+        tp=alone, pp=alone, cp=alone, embd=alone, pos_embd=alone, dp=alone, dp_cp=alone
+    )
 
 
 def _stored_names(model: GPTModel) -> dict[str, str]:

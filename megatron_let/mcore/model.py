@@ -67,7 +67,9 @@ def gathered_parameters(config: RunConfig, student: Student) -> Iterator[None]:
             chunk.enable_forward_pre_hook()
 
 
-def build_student(config: RunConfig, context: ParallelContext, *, vocab_size: int, padded_vocab_size: int) -> Student:
+def build_student(
+    config: RunConfig, context: ParallelContext, *, vocab_size: int, padded_vocab_size: int
+) -> Student:
     """Build this rank's model chunks, move them to the device and wrap them.
 
     `vocab_size` ids are real; logits from there up to `padded_vocab_size` never take part in the softmax.
@@ -137,7 +139,9 @@ def _layer_spec(
     if has_te_layers:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=core_config.qk_layernorm)
     num_layers = get_num_layers_to_build(core_config, vp_stage, groups.pp.rank())
-    return TransformerBlockSubmodules(layer_specs=[stock_layer_spec(core_config)] * num_layers, layer_norm=StockNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[stock_layer_spec(core_config)] * num_layers, layer_norm=StockNorm
+    )
 
 
 def mask_padded_logits(model: GPTModel, vocab_size: int, *, tp_rank: int) -> None:

@@ -20,7 +20,6 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_let.config.run_config import RunConfig
 from megatron_let.errors import ConfigError, LetError
 
-
 Value = TypeVar("Value")
 
 
@@ -54,11 +53,6 @@ class ParallelContext:
     def is_last_chunk(self, vp_stage: int | None) -> bool:
         """Return whether model chunk `vp_stage` of this rank holds the LM head."""
         return self.pp_rank == self.pp_size - 1 and (vp_stage is None or vp_stage == (self.vp_size or 1) - 1)
-
-    def say(self, text: str) -> None:
-        """Print a line once for the whole run (rank 0)."""
-        if self.rank == 0:
-            print(text, flush=True)
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` in place over every rank of the run."""
@@ -108,9 +102,13 @@ def choose_backend(config: RunConfig) -> str:
     has_gpu = torch.cuda.is_available()
     backend = config.parallel.distributed_backend or ("nccl" if has_gpu else "gloo")
     if backend == "nccl" and not has_gpu:
-        raise ConfigError("--distributed-backend nccl needs a GPU and none is visible; use gloo to run on CPU")
+        raise ConfigError(
+            "--distributed-backend nccl needs a GPU and none is visible; use gloo to run on CPU"
+        )
     if backend == "gloo" and has_gpu:
-        raise ConfigError("--distributed-backend gloo is the CPU backend; on a GPU use nccl (hide the GPU to run on CPU)")
+        raise ConfigError(
+            "--distributed-backend gloo is the CPU backend; on a GPU use nccl (hide the GPU to run on CPU)"
+        )
     return str(backend)
 
 
@@ -153,13 +151,17 @@ def _select_device(backend: str) -> torch.device:
 
 @contextmanager
 def _process_group(backend: str, timeout_minutes: int) -> Iterator[None]:
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    missing = [
+        name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
+    ]
     options: dict[str, Any] = {}
     if missing == ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]:
         # Started without a launcher: one process, its own store.
         options = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     elif missing:
-        raise ConfigError(f"the launcher set only part of its environment ({', '.join(missing)} missing); use torchrun")
+        raise ConfigError(
+            f"the launcher set only part of its environment ({', '.join(missing)} missing); use torchrun"
+        )
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **options)
     try:
         yield

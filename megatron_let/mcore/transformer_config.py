@@ -40,7 +40,9 @@ def uses_transformer_engine(config: RunConfig, *, is_on_gpu: bool) -> bool:
     """
     wanted = config.model.transformer_impl
     if wanted == "transformer_engine" and not (is_on_gpu and has_transformer_engine()):
-        raise ConfigError("--transformer-impl transformer_engine needs a GPU and Transformer Engine; use local or auto")
+        raise ConfigError(
+            "--transformer-impl transformer_engine needs a GPU and Transformer Engine; use local or auto"
+        )
     return wanted != "local" and is_on_gpu and has_transformer_engine()
 
 
@@ -57,7 +59,8 @@ def build_transformer_config(config: RunConfig, *, is_on_gpu: bool) -> Transform
     values.update(
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        deallocate_pipeline_outputs=True,
+        # On CPU an overlapped send still reads the output when the schedule would free it.
+        deallocate_pipeline_outputs=is_on_gpu or not has_virtual_stages,
         # Batched p2p mixes up the messages of virtual stages between the same two ranks.
         overlap_p2p_comm=has_virtual_stages,
         batch_p2p_comm=not has_virtual_stages,
@@ -100,5 +103,7 @@ def _resolve_fusions(config: RunConfig, values: dict[str, Any], *, is_on_gpu: bo
     }
     for name in _FUSIONS:
         if values[name] and not available[name] and name != "bias_activation_fusion":
-            raise ConfigError(f"{name.replace('_', ' ')} was asked for by name, but its kernel is not installed here")
+            raise ConfigError(
+                f"{name.replace('_', ' ')} was asked for by name, but its kernel is not installed here"
+            )
     return {name: available[name] if values[name] is None else values[name] for name in _FUSIONS}

@@ -14,6 +14,7 @@ from megatron_let.config.run_config import RunConfig
 from megatron_let.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_let.errors import ConfigError
 from megatron_let.let import AlignmentObjective, Teacher, default_student_layer, resolve_stop
+from megatron_let.log import LOGGER
 from megatron_let.mcore.checkpoint import Parts
 from megatron_let.mcore.datasets import SampleCounts, build_datasets
 from megatron_let.mcore.layer_tap import find_layer
@@ -44,9 +45,10 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
     Raises:
         ConfigError: what was given cannot work; every rank raises it.
     """
+    LOGGER.info(config.to_yaml())
     tokenizer = _tokenizer(config)
     total_iterations = train_iterations(config, context.world_size)
-    directory = choose_checkpoint(config, context, context.say)
+    directory = choose_checkpoint(config, context)
     saved = None if directory is None else read_run(directory, context)
     if directory is not None and saved is not None:
         check_same_model(config, saved, directory)
@@ -64,7 +66,7 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
     parts = Parts(student, optimizer, build_lr_scheduler(config, optimizer), with_rng=True)
     state = TrainingState()
     if directory is not None and saved is not None:
-        state = load_checkpoint(directory, saved, config, context, parts, context.say)
+        state = load_checkpoint(directory, saved, config, context, parts)
     alignment = None
     if needs_teacher and let_record is not None:
         alignment = _build_alignment(config, context, student, tokenizer, let_record)

@@ -1,8 +1,8 @@
 """Checkpoint directories: names, the tracker file, the manifest that tells a whole checkpoint from a damaged one.
 
-    SAVE/latest_checkpointed_iteration.txt    the newest iteration saved
-    SAVE/iter_0000100/                        a whole checkpoint: megatron-core's files and manifest.json
-    SAVE/iter_0000100.partial/                one whose save did not finish; never read
+SAVE/latest_checkpointed_iteration.txt    the newest iteration saved
+SAVE/iter_0000100/                        a whole checkpoint: megatron-core's files and manifest.json
+SAVE/iter_0000100.partial/                one whose save did not finish; never read
 """
 
 from __future__ import annotations
@@ -131,7 +131,9 @@ def find_damage(directory: Path, *, share: tuple[int, int] = (0, 1)) -> str | No
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} cannot be read"
     rank, world_size = share
-    return _first(_file_damage(directory / name, size, digest) for name, size, digest in expected[rank::world_size])
+    return _first(
+        _file_damage(directory / name, size, digest) for name, size, digest in expected[rank::world_size]
+    )
 
 
 def _first(problems: Iterable[str | None]) -> str | None:

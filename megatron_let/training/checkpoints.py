@@ -10,7 +10,16 @@ from typing import Any, TypeVar
 from megatron_let import __version__
 from megatron_let.config.run_config import RunConfig
 from megatron_let.errors import ConfigError, LetError
-from megatron_let.mcore.checkpoint import ITERATION, RUN, SCHEDULER, Parts, load_common, load_content, save_content
+from megatron_let.log import LOGGER
+from megatron_let.mcore.checkpoint import (
+    ITERATION,
+    RUN,
+    SCHEDULER,
+    Parts,
+    load_common,
+    load_content,
+    save_content,
+)
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.training import checkpoint_files as files
 from megatron_let.training.let_record import LetRecord
@@ -45,7 +54,6 @@ class TokenizerRecord:
     fingerprint: str | None
 
 
-Say = Callable[[str], None]
 Result = TypeVar("Result")
 
 
@@ -68,12 +76,9 @@ def save_checkpoint(
     """
     assert config.checkpoint.save is not None, "saving was asked for"
     root = Path(config.checkpoint.save)
-    if not config.checkpoint.no_save_optim:
-        saved = parts
-    else:
-        saved = replace(parts, optimizer=None, scheduler=None)
-    if config.checkpoint.no_save_rng:
-        saved = replace(saved, with_rng=False)
+    saved = replace(parts, with_rng=not config.checkpoint.no_save_rng)
+    if config.checkpoint.no_save_optim:
+        saved = replace(saved, optimizer=None, scheduler=None)
     run = {
         "version": __version__,
         "state": context.from_rank_0(asdict(state)),
@@ -113,7 +118,7 @@ def _attempt(root: Path, action: Callable[[], Result]) -> tuple[Result | None, L
         )
 
 
-def choose_checkpoint(config: RunConfig, context: ParallelContext, say: Say) -> Path | None:
+def choose_checkpoint(config: RunConfig, context: ParallelContext) -> Path | None:
     """Return the directory of the checkpoint to load, or None for a fresh start; every rank calls this.
 
     The newest whole checkpoint is taken; a damaged newer one is named and skipped. `--load` naming the `--save`
@@ -132,7 +137,8 @@ def choose_checkpoint(config: RunConfig, context: ParallelContext, say: Say) -> 
             raise ConfigError(f"--ckpt-step {step}: {root} has checkpoints of {_listed(iterations)}")
         iterations = [step]
     if not iterations:
-        return _nothing_to_load(config, root, tracked=context.from_rank_0(files.read_tracker(root)), say=say)
+        _say_fresh_start(config, root, tracked=context.from_rank_0(files.read_tracker(root)))
+        return None
     for iteration in iterations:
         directory = files.iteration_directory(root, iteration)
         damage = _find_damage(directory, context)
@@ -140,20 +146,22 @@ def choose_checkpoint(config: RunConfig, context: ParallelContext, say: Say) -> 
             return directory
         if config.checkpoint.strict_load or step is not None:
             raise ConfigError(f"checkpoint {directory} is damaged: {damage}; choose another with --ckpt-step")
-        say(f"checkpoint {directory} is damaged and skipped: {damage}")
+        LOGGER.info(f"checkpoint {directory} is damaged and skipped: {damage}")
     raise ConfigError(f"--load {root}: none of its checkpoints ({_listed(iterations)}) is whole")
 
 
-def _nothing_to_load(config: RunConfig, root: Path, *, tracked: int | None, say: Say) -> None:
+def _say_fresh_start(config: RunConfig, root: Path, *, tracked: int | None) -> None:
     if tracked is not None:
-        raise ConfigError(f"--load {root}: {files.TRACKER} names iteration {tracked} but no checkpoint is there")
+        raise ConfigError(
+            f"--load {root}: {files.TRACKER} names iteration {tracked} but no checkpoint is there"
+        )
     save = config.checkpoint.save
     is_own = save is not None and Path(save).resolve() == root.resolve()
     if not is_own or config.checkpoint.exit_on_missing_checkpoint:
         raise ConfigError(
             f"--load {root} holds no checkpoint; check the path (only the --save directory may be empty: a first start)"
         )
-    say(f"no checkpoint in {root}: starting from iteration 0")
+    LOGGER.info(f"no checkpoint in {root}: starting from iteration 0")
 
 
 def _listed(iterations: list[int]) -> str:
@@ -173,7 +181,9 @@ def read_run(directory: Path, context: ParallelContext) -> dict[str, Any]:
     """
     common = load_common(directory)
     if RUN not in common:
-        raise ConfigError(f"checkpoint {directory} was not written by megatron_let (iteration {common.get(ITERATION)})")
+        raise ConfigError(
+            f"checkpoint {directory} was not written by megatron_let (iteration {common.get(ITERATION)})"
+        )
     return {**common[RUN], SCHEDULER: common.get(SCHEDULER)}
 
 
@@ -196,7 +206,7 @@ def check_same_model(config: RunConfig, run: dict[str, Any], directory: Path) ->
 
 
 def load_checkpoint(
-    directory: Path, run: dict[str, Any], config: RunConfig, context: ParallelContext, parts: Parts, say: Say
+    directory: Path, run: dict[str, Any], config: RunConfig, context: ParallelContext, parts: Parts
 ) -> TrainingState:
     """Load weights, and unless `--finetune` and friends say otherwise optimizer, schedule and RNG; return the state."""
     options = config.checkpoint
@@ -208,23 +218,27 @@ def load_checkpoint(
     with_optimizer = has_optimizer and not (options.no_load_optim or options.finetune)
     with_rng = has_rng and not (options.no_load_rng or options.finetune)
     if with_rng and saved_layout != [context.tp_size, context.pp_size]:
-        say(f"random states of {directory} are of another layout and not loaded (dropout will differ)")
+        LOGGER.info(
+            f"random states of {directory} are of another layout and not loaded (dropout will differ)"
+        )
         with_rng = False
     if not has_optimizer and not (options.no_load_optim or options.finetune):
-        raise ConfigError(f"checkpoint {directory} holds no optimizer state; give --no-load-optim or --finetune")
+        raise ConfigError(
+            f"checkpoint {directory} holds no optimizer state; give --no-load-optim or --finetune"
+        )
     wanted = replace(parts, optimizer=parts.optimizer if with_optimizer else None, with_rng=with_rng)
     load_content(directory, wanted, context)
     if not with_optimizer and parts.optimizer is not None:
         parts.optimizer.reload_model_params()
     if options.finetune:
-        say(f"weights loaded from {directory}; iteration and data start at 0 (--finetune)")
+        LOGGER.info(f"weights loaded from {directory}; iteration and data start at 0 (--finetune)")
         return TrainingState()
     if parts.scheduler is not None and with_optimizer:
         restore_schedule(parts.scheduler, run[SCHEDULER], config, run["config"])
     state = TrainingState(**run["state"])
     if parts.scheduler is not None and not with_optimizer:
         parts.scheduler.step(increment=state.consumed_samples)
-    say(f"loaded {directory} at iteration {state.iteration}")
+    LOGGER.info(f"loaded {directory} at iteration {state.iteration}")
     return state
 
 

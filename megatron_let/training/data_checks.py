@@ -10,6 +10,7 @@ from megatron_let.data.indexed import check_indexed, max_token_id
 from megatron_let.data.manifest import manifest_path, read_manifest, require_manifest_of
 from megatron_let.data.tokenizers import Tokenizer
 from megatron_let.errors import ConfigError
+from megatron_let.log import LOGGER
 from megatron_let.mcore.datasets import data_prefixes
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.training.checkpoint_files import newest_iteration_directory
@@ -17,7 +18,9 @@ from megatron_let.training.checkpoints import tokenizer_fingerprint_of_checkpoin
 from megatron_let.training.teachers import teacher_format
 
 
-def check_data(config: RunConfig, tokenizer: Tokenizer, context: ParallelContext, *, needs_teacher: bool) -> None:
+def check_data(
+    config: RunConfig, tokenizer: Tokenizer, context: ParallelContext, *, needs_teacher: bool
+) -> None:
     """Check the data files and that data, student and teacher share a tokenizer; every rank calls this.
 
     What cannot be compared (mock data, NullTokenizer, files without a manifest, a teacher without tokenizer files)
@@ -33,7 +36,7 @@ def check_data(config: RunConfig, tokenizer: Tokenizer, context: ParallelContext
             if needs_teacher:
                 warnings.append(_check_teacher_tokenizer(config, tokenizer))
             for warning in dict.fromkeys(filter(None, warnings)):
-                context.say(f"WARNING: {warning}")
+                LOGGER.warning(warning)
         except ConfigError as mistake:
             error = mistake
     context.raise_together(error)

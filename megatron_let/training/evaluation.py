@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+
 from megatron_let.config.run_config import RunConfig
 from megatron_let.mcore.datasets import Sample, microbatches
 from megatron_let.mcore.model import Student
@@ -29,7 +30,9 @@ def evaluate(
     student.set_training(False)
     if config.training.manual_gc and config.training.manual_gc_eval:
         gc.collect()
-    num_microbatches = config.training.global_batch_size // (config.training.micro_batch_size * context.dp_size)
+    num_microbatches = config.training.global_batch_size // (
+        config.training.micro_batch_size * context.dp_size
+    )
     iterators = data_iterators(config, context, student, forward_step, dataset, consumed_samples=0)
     total = torch.zeros(2, dtype=torch.float64, device=context.device)
     with torch.no_grad():

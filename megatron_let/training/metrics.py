@@ -113,19 +113,21 @@ class TensorBoard:
 
     def __init__(self, directory: str) -> None:
         if not has_tensorboard():
-            raise ConfigError("--tensorboard-dir needs the tensorboard package; install it or leave the flag out")
+            raise ConfigError(
+                "--tensorboard-dir needs the tensorboard package; install it or leave the flag out"
+            )
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(directory)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(directory)
 
     def write(self, row: Row) -> None:
         """Write every number of the row at its iteration."""
         for name, value in _scalars(row).items():
-            self._writer.add_scalar(name, value, row.iteration)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, row.iteration)
 
     def close(self) -> None:
         """Flush and close the event file."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class WeightsAndBiases:

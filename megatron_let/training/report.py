@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_let.config.run_config import RunConfig
+from megatron_let.log import LOGGER
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.planning.flops import peak_flops, training_flops_per_token
 from megatron_let.training.alignment import AlignmentReport
@@ -43,7 +44,12 @@ class IntervalTotals:
         self.nan_iterations = 0
 
     def add(
-        self, losses: list[torch.Tensor], grad_norm: float | None, is_updated: bool, batch_size: int, seconds: float
+        self,
+        losses: list[torch.Tensor],
+        grad_norm: float | None,
+        is_updated: bool,
+        batch_size: int,
+        seconds: float,
     ) -> None:
         """Add one iteration: its microbatches' [sum, count], gradient norm, size and time."""
         for loss in losses:
@@ -69,7 +75,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Print a line, once for the whole run."""
-        self.context.say(text)
+        LOGGER.info(text)
 
     def training(
         self,
@@ -111,7 +117,7 @@ class Reporter:
             elapsed_seconds=state.elapsed_seconds,
         )
         eta = (total_iterations - state.iteration) * totals.seconds / totals.iterations
-        self.context.say(format_training_row(row, train_iters=total_iterations, eta_seconds=eta))
+        LOGGER.info(format_training_row(row, train_iters=total_iterations, eta_seconds=eta))
         for sink in self.sinks:
             sink.write(row)
 
@@ -119,7 +125,7 @@ class Reporter:
         """Report one evaluation."""
         if self.context.rank != 0:
             return
-        self.context.say(format_validation_row(row))
+        LOGGER.info(format_validation_row(row))
         for sink in self.sinks:
             sink.write(row)
 
@@ -147,5 +153,9 @@ def build_reporter(
             sinks.append(WeightsAndBiases(config.logging, config.to_dict()))
     device_name = torch.cuda.get_device_name(context.device) if context.is_on_gpu else ""
     return Reporter(
-        config, context, tuple(sinks), training_flops_per_token(config, padded_vocab_size), peak_flops(device_name)
+        config,
+        context,
+        tuple(sinks),
+        training_flops_per_token(config, padded_vocab_size),
+        peak_flops(device_name),
     )

@@ -25,7 +25,9 @@ def teacher_format(config: RunConfig) -> str:
     """
     path = Path(str(config.let.let_teacher_load))
     if not path.is_dir():
-        raise ConfigError(f"--let-teacher-load {path} is not a directory; give a Hugging Face or a Megatron checkpoint")
+        raise ConfigError(
+            f"--let-teacher-load {path} is not a directory; give a Hugging Face or a Megatron checkpoint"
+        )
     if config.let.let_teacher_format != "auto":
         return str(config.let.let_teacher_format)
     if (path / TRACKER).exists() or saved_iterations(path):

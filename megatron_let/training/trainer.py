@@ -6,12 +6,9 @@ import gc
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from megatron_let.config.batches import BatchPlan
 from megatron_let.config.run_config import RunConfig
@@ -97,7 +94,8 @@ class Trainer:
         """One optimizer step over one global batch; an fp16 overflow skips the update and is counted."""
         run, state, started = self.run, self.state, time.perf_counter()
         student, optimizer, scheduler = run.parts.student, run.parts.optimizer, run.parts.scheduler
-        assert optimizer is not None and scheduler is not None, "a training run has an optimizer"
+        assert optimizer is not None, "a training run has an optimizer"
+        assert scheduler is not None, "a training run has a schedule"
         batch_size = run.batches.global_batch_size(state.consumed_samples)
         num_microbatches = run.batches.num_microbatches(state.consumed_samples)
         for chunk in student.chunks:
@@ -108,7 +106,12 @@ class Trainer:
                 state.iteration, num_microbatches=num_microbatches, loss_scale=optimizer.get_loss_scale()
             )
         reports = run_schedule(
-            run.config, student, run.forward_step, iterators, num_microbatches=num_microbatches, forward_only=False
+            run.config,
+            student,
+            run.forward_step,
+            iterators,
+            num_microbatches=num_microbatches,
+            forward_only=False,
         )
         if run.alignment is not None:
             run.alignment.end_iteration()
@@ -122,7 +125,9 @@ class Trainer:
         seconds = time.perf_counter() - started
         state.elapsed_seconds += seconds
         self._step_times.append(seconds)
-        self._interval.add([report[LM_LOSS] for report in reports], grad_norm, is_updated, batch_size, seconds)
+        self._interval.add(
+            [report[LM_LOSS] for report in reports], grad_norm, is_updated, batch_size, seconds
+        )
 
     def _after_iteration(self) -> None:
         config, iteration = self.run.config, self.state.iteration
@@ -210,7 +215,9 @@ class Trainer:
         if self.state.iteration >= self._total:
             return None
         if training.exit_signal_handler and self.run.context.any_rank(self._stop.signal_name is not None):
-            say(f" exiting at iteration {self.state.iteration}: received {self._stop.signal_name or 'a signal'}")
+            say(
+                f" exiting at iteration {self.state.iteration}: received {self._stop.signal_name or 'a signal'}"
+            )
             return EXIT_PREEMPTED
         if training.exit_duration_in_mins is not None:
             minutes = (time.monotonic() - self._started) / 60.0
@@ -250,5 +257,3 @@ def _learning_rate(optimizer: Any) -> float:
     """Return the learning rate of the first parameter group that follows the run's own schedule."""
     groups = optimizer.param_groups
     return float(next((group["lr"] for group in groups if group.get("default_config")), groups[0]["lr"]))
-
-

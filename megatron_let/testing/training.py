@@ -25,6 +25,18 @@ from megatron_let.training.build import build_trainer
 from megatron_let.training.metrics import METRICS_FILE
 from megatron_let.training.signals import StopRequest
 
+# Columns that hold times.
+TIMES = frozenset(
+    {
+        "iteration_ms",
+        "tokens_per_second",
+        "tokens_per_second_per_device",
+        "tflops_per_device",
+        "mfu",
+        "elapsed_seconds",
+    }
+)
+
 TINY_STUDENT: Mapping[str, str | None] = {
     "--num-layers": "4",
     "--hidden-size": "48",
@@ -109,6 +121,21 @@ def model_tensors(directory: Path) -> dict[str, torch.Tensor]:
         for name, tensor in stored_tensors(directory).items()
         if not name.startswith("optimizer.")
     }
+
+
+def numbers(directory: Path) -> list[dict[str, Any]]:
+    """Return the training rows without times."""
+    return [
+        {key: value for key, value in row.items() if key not in TIMES} for row in training_rows(directory)
+    ]
+
+
+def assert_bitwise(left: Path, right: Path, iteration: int) -> None:
+    """Assert that two checkpoints hold the same bits, optimizer state included."""
+    expected, actual = (stored_tensors(directory / f"iter_{iteration:07d}") for directory in (left, right))
+    assert expected.keys() == actual.keys()
+    different = [name for name in expected if not torch.equal(expected[name], actual[name])]
+    assert different == []
 
 
 def largest_difference(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> float:

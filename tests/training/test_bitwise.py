@@ -1,0 +1,103 @@
+"""What must not change anything, changes nothing: comparisons of bits, not of tolerances."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_let.testing.distributed import RankPool
+from megatron_let.testing.training import (
+    TINY_STUDENT,
+    arguments,
+    assert_bitwise,
+    numbers,
+    stored_tensors,
+    train,
+)
+
+
+def test_weight_zero_is_the_plain_run_bit_for_bit(
+    pool: RankPool, token_files: Path, teacher: Path, tmp_path: Path
+) -> None:
+    base = {"--data-path": token_files, "--hidden-dropout": 0.1, "--attention-dropout": 0.1}
+    let = {"--let-teacher-load": teacher, "--let-weight": 0.0, "--let-stop-iters": 4}
+    for name, changes in {"plain": {}, "zero": let}.items():
+        pool.run(2, train, arguments(TINY_STUDENT, {**base, **changes, "--save": tmp_path / name}))
+    assert numbers(tmp_path / "plain") == numbers(tmp_path / "zero")
+    assert_bitwise(tmp_path / "plain", tmp_path / "zero", 5)
+    assert all(row["let_cosine"] is None and row["let_weight"] is None for row in numbers(tmp_path / "zero"))
+
+
+def test_after_stop_the_run_is_what_a_run_without_teacher_makes_of_that_state(
+    pool: RankPool, token_files: Path, teacher: Path, tmp_path: Path
+) -> None:
+    base = {"--data-path": token_files, "--tensor-model-parallel-size": 2, "--sequence-parallel": None}
+    let = {"--let-teacher-load": teacher, "--let-weight": 1.0, "--let-stop-iters": 2}
+    whole = {**base, **let, "--save": tmp_path / "let", "--save-interval": 2}
+    pool.run(2, train, arguments(TINY_STUDENT, whole))
+    plain = {**base, "--load": tmp_path / "let", "--ckpt-step": 2, "--let-override": None}
+    pool.run(2, train, arguments(TINY_STUDENT, {**plain, "--save": tmp_path / "plain"}))
+    assert numbers(tmp_path / "let")[2:] == numbers(tmp_path / "plain")
+    assert_bitwise(tmp_path / "let", tmp_path / "plain", 5)
+
+
+def train_and_hash_teacher(argv: list[str]) -> tuple[str, str, int]:
+    """Train and return the teacher's weights hashed before and after, and how many of them have a gradient."""
+    import os
+
+    from megatron_let.config.derive import resolve
+    from megatron_let.mcore.parallel import parallel_context
+    from megatron_let.training.arguments import parse_arguments
+    from megatron_let.training.build import build_trainer
+    from megatron_let.training.signals import StopRequest
+
+    config = resolve(parse_arguments(argv), int(os.environ["WORLD_SIZE"]))
+    with parallel_context(config) as context:
+        trainer = build_trainer(config, context, StopRequest())
+        alignment = trainer.run.alignment
+        assert alignment is not None
+        assert alignment.teacher is not None
+        parameters = list(alignment.teacher.parameters())
+        before = _hash(parameters)
+        trainer.fit()
+        touched = sum(1 for p in parameters if p.grad is not None or p.requires_grad)
+        return before, _hash(parameters), touched
+
+
+def _hash(parameters: list[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for parameter in parameters:
+        digest.update(parameter.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("kind", ["hf", "megatron"])
+def test_the_teacher_never_changes_and_gets_no_gradient(
+    kind: str, pool: RankPool, token_files: Path, teacher: Path, start: Path
+) -> None:
+    changes = {
+        "--data-path": token_files,
+        "--let-teacher-load": teacher if kind == "hf" else start,
+        "--let-weight": 1.0,
+        "--let-stop-iters": 5,
+    }
+    before, after, touched = pool.run(1, train_and_hash_teacher, arguments(TINY_STUDENT, changes))[0]
+    assert before == after
+    assert touched == 0
+
+
+def test_teacher_weights_are_not_in_the_checkpoint(
+    pool: RankPool, token_files: Path, teacher: Path, tmp_path: Path
+) -> None:
+    base = {"--data-path": token_files}
+    let = {"--let-teacher-load": teacher, "--let-stop-iters": 5}
+    for name, changes in {"plain": {}, "let": let}.items():
+        pool.run(1, train, arguments(TINY_STUDENT, {**base, **changes, "--save": tmp_path / name}))
+    plain, guided = (stored_tensors(tmp_path / name / "iter_0000005") for name in ("plain", "let"))
+    assert plain.keys() == guided.keys()
+    assert {name: tensor.shape for name, tensor in plain.items()} == {
+        name: tensor.shape for name, tensor in guided.items()
+    }

@@ -5,10 +5,12 @@ Where checkpoints live and which one is whole is decided in `training/checkpoint
 
 from __future__ import annotations
 
+import queue
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
 )
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -28,6 +31,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_let.errors import ConfigError
 from megatron_let.mcore.model import Student
+from megatron_let.mcore.optimizer import load_optimizer, prepare_to_load
 from megatron_let.mcore.parallel import ParallelContext
 
 # Keys of the small, unsharded part; Megatron-LM uses the first two likewise.
@@ -59,7 +63,10 @@ def save_content(
     strategy = FullyParallelSaveStrategyWrapper(
         get_default_save_sharded_strategy("torch_dist"), context.groups.dp_cp, do_cache_distribution=False
     )
-    dist_checkpointing.save(state, str(directory), strategy, content_metadata=_plain(metadata))
+    # A synchronous save hands its results over inside this process. megatron-core's own queue would start a manager
+    # program that outlives a killed rank.
+    with patch.object(filesystem_async, "_get_write_results_queue", queue.Queue):
+        dist_checkpointing.save(state, str(directory), strategy, content_metadata=_plain(metadata))
 
 
 def load_common(directory: Path) -> dict[str, Any]:
@@ -77,6 +84,8 @@ def load_content(directory: Path, parts: Parts, context: ParallelContext) -> Non
         ConfigError: the checkpoint does not fit the model.
     """
     metadata = _metadata(context)
+    if parts.optimizer is not None:
+        prepare_to_load(parts.optimizer)
     wanted = _sharded_parts(parts, context, metadata, is_loading=True)
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(directory)), context.groups.dp_cp
@@ -89,7 +98,7 @@ def load_content(directory: Path, parts: Parts, context: ParallelContext) -> Non
     for name, chunk in zip(_model_keys(len(chunks)), chunks, strict=True):
         chunk.load_state_dict(loaded[name])
     if parts.optimizer is not None:
-        parts.optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer(parts.optimizer, loaded["optimizer"])
     if parts.with_rng:
         _set_rng_state(loaded["rng_state"][0])
 

@@ -172,5 +172,7 @@ def microbatches(
         collate_fn=_collate,
         pin_memory=context.is_on_gpu,
         persistent_workers=workers > 0,
+        # A loader draws a seed when iteration starts; from its own generator, so that the run's stays untouched.
+        generator=torch.Generator(),
     )
     return iter(loader)

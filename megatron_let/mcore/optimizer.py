@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
 
+import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -11,6 +15,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_let.config.run_config import RunConfig
@@ -82,3 +87,51 @@ def build_lr_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> Optim
         wsd_decay_steps=wsd,
         lr_wsd_decay_style=schedule.lr_wsd_decay_style,
     )
+
+
+def prepare_to_load(optimizer: MegatronOptimizer) -> None:
+    """Give torch's Adam its state before a distributed optimizer is loaded.
+
+    Without Transformer Engine or apex, megatron-core's distributed optimizer reads the step count out of a state
+    that a fresh torch optimizer does not have yet. What is allocated here is overwritten by the load.
+    """
+    for adam in _distributed_adams(optimizer):
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                if not adam.state[parameter]:
+                    adam.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+
+
+def load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Load an optimizer's state, minding torch's Adam inside megatron-core's distributed optimizer.
+
+    megatron-core loads everything that Adam keeps for a parameter but the step count, on whose absence it stumbles;
+    and it hands one step tensor to all parameters, which Adam then counts up once for each of them: a silently wrong
+    bias correction from the first iteration after a resume.
+    """
+    plain_set = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def set_with_step(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        own = self._get_main_param_and_optimizer_states(model_param)
+        kept = {"step": own["step"]} if "step" in own else {}
+        plain_set(self, model_param, {**kept, **tensors})
+
+    with patch.object(DistributedOptimizer, "_set_main_param_and_optimizer_states", set_with_step):
+        optimizer.load_state_dict(state)
+    for adam in _distributed_adams(optimizer):
+        for parameter_state in adam.state.values():
+            parameter_state["step"] = parameter_state["step"].clone()
+
+
+def _distributed_adams(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
+    """Yield torch's own Adam inside each distributed optimizer (fused optimizers keep the step in their groups)."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        if isinstance(part, DistributedOptimizer) and isinstance(
+            inner, (torch.optim.Adam, torch.optim.AdamW)
+        ):
+            yield inner

@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_let.config.batches import batch_plan, padded_vocab_size, train_iterations
 from megatron_let.config.run_config import RunConfig
 from megatron_let.data.tokenizers import Tokenizer, build_tokenizer
@@ -135,7 +137,9 @@ def _build_alignment(
     error: ConfigError | None = None
     if find_layer(student.gpt_chunks, record.student_layer) is not None:
         try:
-            teacher = load_teacher(config, context)
+            # Building a model draws random numbers; the student's dropout must not depend on there being a teacher.
+            with torch.random.fork_rng(devices=[context.device] if context.is_on_gpu else []):
+                teacher = load_teacher(config, context)
             _check_vocabulary(teacher, tokenizer)
         except ConfigError as mistake:
             error = mistake

@@ -81,9 +81,7 @@ def test_a_run_resumes_on_another_layout(
     for name, extra in ((before, {"--exit-interval": 2}), (after, {})):
         world_size, flags = LAYOUTS[name]
         pool.run(world_size, train, arguments(TINY_STUDENT, {**own, **flags, **extra}))
-    if change.startswith("pp2"):
-        pass  # other start weights: pipeline stages draw theirs from seeds of their own
-    else:
+    if before == "one":  # other layouts start from other weights: padding and pipeline stages move the seeds
         expected = [row["lm_loss"] for row in training_rows(tmp_path / "whole")]
         actual = [row["lm_loss"] for row in training_rows(tmp_path / "cut")]
         assert actual == pytest.approx(expected, rel=1e-5)  # fp32 sums in another order

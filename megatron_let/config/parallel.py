@@ -26,4 +26,4 @@ class ParallelConfig:
     """Accumulate and reduce gradients in bf16. Without it a bf16 run uses fp32 for both."""
 
     align_grad_reduce: bool = True
-    """Launch gradient reductions on all pipeline stages at the same time (--overlap-grad-reduce)."""
+    """Launch gradient reductions on all pipeline stages together; --no-align-grad-reduce: each when it is ready."""

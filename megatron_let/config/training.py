@@ -49,7 +49,7 @@ class TrainingConfig:
     """With --manual-gc: collect every so many iterations; 0 only around validation."""
 
     manual_gc_eval: bool = option(True, off_flags=("--no-manual-gc-eval", "--disable-manual-gc-eval"))
-    """With --manual-gc: collect before and after each validation."""
+    """With --manual-gc: collect before and after each validation; --no-manual-gc-eval: do not."""
 
     empty_unused_memory_level: Literal[0, 1, 2] = 0
     """Give cached GPU memory back each iteration: 0 never, 1 after it, 2 before and after."""

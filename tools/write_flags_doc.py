@@ -62,7 +62,9 @@ def setting_row(setting: Setting) -> str:
 def family_rows(families: tuple[FlagFamily, ...]) -> Iterator[str]:
     """Yield a table row for each family of Megatron-LM's flags."""
     for family in families:
-        flags = ", ".join(f"`{flag}{f'={value}' if value else ''}`" for flag, value in family.entries().items())
+        flags = ", ".join(
+            f"`{flag}{f'={value}' if value else ''}`" for flag, value in family.entries().items()
+        )
         yield f"| {family.subject} | {_cell(flags)} | {_cell(family.reason)} |"
 
 

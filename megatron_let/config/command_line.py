@@ -146,7 +146,7 @@ def help_line(setting: Setting) -> str:
 
 def meaning(setting: Setting) -> str:
     """Return what a setting means, with its choices where they are too long to stand beside the flag."""
-    if metavar_of(setting) != "NAME":
+    if setting.value_type.is_switch or metavar_of(setting) != "NAME":
         return setting.help
     return f"{setting.help} One of {', '.join(str(choice) for choice in setting.value_type.choices or ())}."
 

@@ -38,9 +38,9 @@ class RunConfig:
     transformer: Any
     parallel: ParallelConfig
     ddp: Any
+    training: TrainingConfig
     optimizer: Any
     schedule: ScheduleConfig
-    training: TrainingConfig
     validation: ValidationConfig
     data: DataConfig
     tokenizer: TokenizerConfig

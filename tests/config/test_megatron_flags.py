@@ -39,7 +39,7 @@ def test_the_tables_of_foreign_flags_name_no_flag_that_megatron_does_not_have() 
 
 def test_a_flag_without_effect_is_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        config = parse_arguments("--profile --profile-step-start 4 --profile --seed 9".split())
+        config = parse_arguments(["--profile", "--profile-step-start", "4", "--profile", "--seed", "9"])
     assert [record.message for record in caplog.records] == [
         "--profile has no effect: no profiler is started",
         "--profile-step-start has no effect: no profiler is started",
@@ -69,14 +69,19 @@ def test_a_flag_without_effect_is_warned_about_once(caplog: pytest.LogCaptureFix
     ],
 )
 def test_a_flag_that_would_change_the_result_is_refused_with_what_to_do(words: str, expected: str) -> None:
-    with pytest.raises(ConfigError, match=".*") as caught:
+    with pytest.raises(ConfigError) as caught:
         parse_arguments(words.split())
     assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "words",
-    ["--expert-model-parallel-size 1", "--softmax-type=vanilla", "--dataloader-type single", "--rope-type rope"],
+    [
+        "--expert-model-parallel-size 1",
+        "--softmax-type=vanilla",
+        "--dataloader-type single",
+        "--rope-type rope",
+    ],
 )
 def test_a_refused_flag_passes_with_the_value_that_is_used_anyway(
     words: str, caplog: pytest.LogCaptureFixture

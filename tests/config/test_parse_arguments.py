@@ -39,9 +39,7 @@ def test_one_flag_fills_every_section_that_has_it() -> None:
 
 def test_megatrons_spellings_reach_cores_fields() -> None:
     config = parse_arguments(
-        "--disable-bias-linear --norm-epsilon 1e-6 --fp8-format hybrid --decoder-first-pipeline-num-layers 3 "
-        "--no-persist-layer-norm --apply-layernorm-1p --attention-backend flash --fp8-param-gather "
-        "--override-opt-param-scheduler --rampup-batch-size 16 16 1000 --no-mmap-bin-files".split()
+        ["--disable-bias-linear", "--norm-epsilon", "1e-6", "--fp8-format", "hybrid", "--decoder-first-pipeline-num-layers", "3", "--no-persist-layer-norm", "--apply-layernorm-1p", "--attention-backend", "flash", "--fp8-param-gather", "--override-opt-param-scheduler", "--rampup-batch-size", "16", "16", "1000", "--no-mmap-bin-files"]
     )
     assert config.transformer.add_bias_linear is False
     assert config.transformer.layernorm_epsilon == 1e-6
@@ -167,7 +165,9 @@ def test_the_config_file_is_read_strictly(tmp_path: Path, text: str, expected: s
 def test_flags_of_megatron_in_the_config_file_are_judged_as_on_the_command_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = write(tmp_path, "use-mcore-models: true\nuse_legacy_models: false\nnum-experts: 0\nprofile: false\n")
+    path = write(
+        tmp_path, "use-mcore-models: true\nuse_legacy_models: false\nnum-experts: 0\nprofile: false\n"
+    )
     with caplog.at_level(logging.WARNING):
         parse_arguments(["--config", path])
     assert [record.message.split()[0] for record in caplog.records] == ["--use-mcore-models"]

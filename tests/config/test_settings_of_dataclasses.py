@@ -139,7 +139,9 @@ def test_every_setting_has_help_and_every_flag_and_name_belongs_to_one_setting()
 
 
 def test_exposed_transformer_fields_build_a_megatron_core_config() -> None:
-    fields = {name: getattr(TransformerConfig, name, None) for name in TransformerSettings.__dataclass_fields__}
+    fields = {
+        name: getattr(TransformerConfig, name, None) for name in TransformerSettings.__dataclass_fields__
+    }
     assert fields.keys() <= TransformerConfig.__dataclass_fields__.keys()
 
 

@@ -11,14 +11,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_let.config.command_line import default_text, meaning, metavar_of
 from megatron_let.config.megatron_flags import REFUSED, WITHOUT_EFFECT, FlagFamily
 from megatron_let.config.run_config import all_settings
 from megatron_let.config.setting import Setting
 from megatron_let.mcore.settings import CORE_SECTIONS
+
+ROOT = Path(__file__).resolve().parents[1]
 
 INTRODUCTION = """\
 # Flags of `pretrain_let.py`

@@ -39,7 +39,26 @@ def test_one_flag_fills_every_section_that_has_it() -> None:
 
 def test_megatrons_spellings_reach_cores_fields() -> None:
     config = parse_arguments(
-        ["--disable-bias-linear", "--norm-epsilon", "1e-6", "--fp8-format", "hybrid", "--decoder-first-pipeline-num-layers", "3", "--no-persist-layer-norm", "--apply-layernorm-1p", "--attention-backend", "flash", "--fp8-param-gather", "--override-opt-param-scheduler", "--rampup-batch-size", "16", "16", "1000", "--no-mmap-bin-files"]
+        [
+            "--disable-bias-linear",
+            "--norm-epsilon",
+            "1e-6",
+            "--fp8-format",
+            "hybrid",
+            "--decoder-first-pipeline-num-layers",
+            "3",
+            "--no-persist-layer-norm",
+            "--apply-layernorm-1p",
+            "--attention-backend",
+            "flash",
+            "--fp8-param-gather",
+            "--override-opt-param-scheduler",
+            "--rampup-batch-size",
+            "16",
+            "16",
+            "1000",
+            "--no-mmap-bin-files",
+        ]
     )
     assert config.transformer.add_bias_linear is False
     assert config.transformer.layernorm_epsilon == 1e-6

@@ -34,10 +34,7 @@ class TrainingConfig:
     """Save and exit after this many minutes."""
 
     exit_signal_handler: bool = False
-    """Save and exit when --exit-signal arrives."""
-
-    exit_signal: Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"] = "SIGTERM"
-    """Signal that --exit-signal-handler waits for."""
+    """Save and exit when SIGTERM or SIGUSR1 arrives."""
 
     seed: int = 1234
     """Seed of Python, NumPy and PyTorch."""

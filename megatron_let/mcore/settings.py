@@ -134,12 +134,6 @@ _PARALLELISM = (
         help="Microbatches that a model chunk takes in a row. Default: the pipeline size.",
     ),
     Exposed(
-        "overlap_p2p_comm",
-        default=True,
-        off_flags=("--no-overlap-p2p-communication",),
-        help="Do not overlap pipeline messages with work in the interleaved schedule.",
-    ),
-    Exposed(
         "overlap_p2p_comm_warmup_flush",
         help="Overlap pipeline messages also while the pipeline fills and drains.",
     ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import pytest
@@ -73,11 +72,9 @@ def test_virtual_stages_follow_from_either_flag(parse: Parse) -> None:
     assert by_layers.transformer.virtual_pipeline_model_parallel_size == 2
     by_chunks = parse("--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 4")
     assert by_chunks.transformer.virtual_pipeline_model_parallel_size == 4
-    assert by_chunks.transformer.overlap_p2p_comm
     assert by_chunks.ddp.align_param_gather
     one_chunk = parse("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 4")
     assert one_chunk.transformer.virtual_pipeline_model_parallel_size is None
-    assert not one_chunk.transformer.overlap_p2p_comm
     assert not one_chunk.ddp.align_param_gather
 
 
@@ -90,11 +87,10 @@ def test_embedding_and_loss_counted_as_layers_change_the_virtual_stages(parse: P
 
 
 def test_sequence_parallel_on_one_rank_is_turned_off_with_a_warning(
-    parse: Parse, caplog: pytest.LogCaptureFixture
+    parse: Parse, logged: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING):
-        assert parse("--sequence-parallel").transformer.sequence_parallel is False
-    assert "--sequence-parallel is off" in caplog.text
+    assert parse("--sequence-parallel").transformer.sequence_parallel is False
+    assert "--sequence-parallel is off" in logged.text
     assert parse("--sequence-parallel --tensor-model-parallel-size 2").transformer.sequence_parallel is True
 
 

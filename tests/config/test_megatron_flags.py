@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from pathlib import Path
 
@@ -37,10 +36,9 @@ def test_the_tables_of_foreign_flags_name_no_flag_that_megatron_does_not_have() 
     assert foreign - set(MEGATRON_FLAGS) == own_plans
 
 
-def test_a_flag_without_effect_is_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        config = parse_arguments(["--profile", "--profile-step-start", "4", "--profile", "--seed", "9"])
-    assert [record.message for record in caplog.records] == [
+def test_a_flag_without_effect_is_warned_about_once(logged: pytest.LogCaptureFixture) -> None:
+    config = parse_arguments(["--profile", "--profile-step-start", "4", "--profile", "--seed", "9"])
+    assert [record.message for record in logged.records] == [
         "--profile has no effect: no profiler is started",
         "--profile-step-start has no effect: no profiler is started",
     ]
@@ -84,7 +82,7 @@ def test_a_flag_that_would_change_the_result_is_refused_with_what_to_do(words: s
     ],
 )
 def test_a_refused_flag_passes_with_the_value_that_is_used_anyway(
-    words: str, caplog: pytest.LogCaptureFixture
+    words: str, logged: pytest.LogCaptureFixture
 ) -> None:
     assert parse_arguments(words.split()) == parse_arguments([])
-    assert not caplog.records
+    assert not logged.records

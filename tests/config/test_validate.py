@@ -45,7 +45,7 @@ GOOD = [
         "--lr-warmup-fraction 0.1 --weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 0.1",
         1,
     ),
-    ("--save out --save-interval 10 --save-retain-interval 20 --load out --strict-load", 1),
+    ("--save out --save-interval 10 --load out --strict-load", 1),
     ("--let-teacher-load t --let-stop-iters 100 --let-student-layer 8 --let-weight 0", 1),
     ("--let-teacher-load t --let-stop-fraction 1", 1),
     ("--let-override", 1),
@@ -189,7 +189,6 @@ BROKEN_SCHEDULE = [
         "is larger than --end-weight-decay",
     ),
     ("--manual-gc-interval 10", "--manual-gc-interval cannot take effect without --manual-gc"),
-    ("--exit-signal SIGINT", "--exit-signal cannot take effect without --exit-signal-handler"),
 ]
 
 BROKEN_FILES = [
@@ -197,15 +196,12 @@ BROKEN_FILES = [
     ("--no-save-optim", "--no-save-optim cannot take effect without --save"),
     ("--finetune", "--finetune cannot take effect without --load"),
     ("--ckpt-step 10 --strict-load", "--ckpt-step, --strict-load cannot take effect without --load"),
-    ("--save out --save-retain-interval 15 --save-interval 10", "must be a multiple of --save-interval (10)"),
-    ("--save out --save-retain-interval 15", "must be a multiple of --save-interval (None)"),
     ("--wandb-exp-name a", "--wandb-exp-name cannot take effect without --wandb-project"),
     ("--data-path a", "give one source of data"),
     ("--train-data-path a", "got --mock-data and --train-data-path"),
     ("--split 90;5;5", "--split is up to three shares"),
     ("--split 0,1,0", "--split is up to three shares"),
     ("--split 1,1,1,1", "--split is up to three shares"),
-    ("--reset-attention-mask --no-create-attention-mask-in-dataloader", "needs the loader's masks"),
     (
         "--tokenizer-model m",
         "--tokenizer-model cannot take effect without a --tokenizer-type other than Null",

@@ -119,20 +119,9 @@ def message_of(config: RunConfig, world_size: int) -> str:
             "use --num-virtual-stages-per-pipeline-rank",
         ),
         (
-            f"{PP2} --num-virtual-stages-per-pipeline-rank 2 --no-overlap-p2p-communication",
-            2,
-            "needs --pipeline-model-parallel-size of 3 or more",
-        ),
-        (
             f"{PP2} --overlap-p2p-communication-warmup-flush",
             2,
             "without --num-virtual-stages-per-pipeline-rank",
-        ),
-        (
-            "--pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 8 "
-            "--no-overlap-p2p-communication --overlap-p2p-communication-warmup-flush",
-            4,
-            "--overlap-p2p-communication-warmup-flush excludes",
         ),
         (
             f"{PP2} --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 3",

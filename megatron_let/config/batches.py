@@ -37,8 +37,9 @@ def virtual_pipeline_size(config: RunConfig) -> int | None:
     parallel, transformer = config.parallel, config.transformer
     chunks = parallel.num_virtual_stages_per_pipeline_rank
     per_chunk = parallel.num_layers_per_virtual_pipeline_stage
-    if chunks is None and per_chunk and transformer.num_layers:
-        chunks = pipeline_units(config) // transformer.pipeline_model_parallel_size // per_chunk
+    stages = transformer.pipeline_model_parallel_size
+    if chunks is None and per_chunk and transformer.num_layers and stages > 0:
+        chunks = pipeline_units(config) // stages // per_chunk
     return chunks if chunks is not None and chunks > 1 else None
 
 

@@ -18,9 +18,6 @@ class CheckpointConfig:
     save_interval: int | None = option(None, flags=("--save-interval", "--persistent-save-interval"))
     """Save every so many iterations (and at the end)."""
 
-    save_retain_interval: int | None = None
-    """Keep only checkpoints at multiples of this number, and the newest."""
-
     no_save_optim: bool = False
     """Leave the optimizer's state out."""
 

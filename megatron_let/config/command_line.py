@@ -140,8 +140,15 @@ def format_help(settings: Sequence[Setting], *, prog: str, description: str, epi
 def help_line(setting: Setting) -> str:
     """Return the help text of a setting with its default at the end."""
     if setting.value_type.is_switch or setting.default is None:
+        return meaning(setting)
+    return f"{meaning(setting)} (default: {default_text(setting)})"
+
+
+def meaning(setting: Setting) -> str:
+    """Return what a setting means, with its choices where they are too long to stand beside the flag."""
+    if setting.value_type.is_switch or metavar_of(setting) != "NAME":
         return setting.help
-    return f"{setting.help} (default: {default_text(setting)})"
+    return f"{setting.help} One of {', '.join(str(choice) for choice in setting.value_type.choices or ())}."
 
 
 def default_text(setting: Setting) -> str:
@@ -157,6 +164,7 @@ def metavar_of(setting: Setting) -> str:
     value_type = setting.value_type
     if value_type.choices is not None:
         one = "{" + ",".join(str(choice) for choice in value_type.choices) + "}"
+        one = one if len(one) <= 80 else "NAME"
     else:
         one = {int: "N", float: "X", str: "TEXT"}[value_type.base]
     if value_type.count == "+":

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_let.config.setting import option
-
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -49,8 +47,3 @@ class DataConfig:
 
     eod_mask_loss: bool = False
     """Leave end-of-document tokens out of the loss."""
-
-    create_attention_mask_in_dataloader: bool = option(
-        True, off_flags=("--no-create-attention-mask-in-dataloader",)
-    )
-    """Build attention masks in the loader; without, the attention kernel's causal mask is used."""

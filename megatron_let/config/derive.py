@@ -92,7 +92,6 @@ def _derive_parallelism(config: RunConfig, warn: Callable[[str], None]) -> RunCo
     chunks = virtual_pipeline_size(config)
     config = _replace(config, "transformer", virtual_pipeline_model_parallel_size=chunks)
     if chunks is None:
-        config = _replace(config, "transformer", overlap_p2p_comm=False)
         config = _replace(config, "ddp", align_param_gather=False)
     if config.transformer.sequence_parallel and config.transformer.tensor_model_parallel_size == 1:
         warn("--sequence-parallel is off: it splits over tensor-parallel ranks, and there is one")

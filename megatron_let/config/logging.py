@@ -12,12 +12,6 @@ class LoggingConfig:
     log_interval: int = 100
     """Report every so many iterations."""
 
-    log_throughput: bool = False
-    """Report TFLOP/s for each device."""
-
-    log_params_norm: bool = False
-    """Report the norm of the parameters."""
-
     tensorboard_dir: str | None = None
     """Write TensorBoard events here."""
 

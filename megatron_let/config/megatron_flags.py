@@ -29,10 +29,15 @@ WITHOUT_EFFECT: tuple[FlagFamily, ...] = (
     FlagFamily(
         "Only way here",
         "it asks for what is always done here",
-        """--use-mcore-models --use-dist-ckpt --dist-ckpt-format= --ckpt-fully-parallel-save
+        """--use-mcore-models --log-throughput --use-dist-ckpt --dist-ckpt-format= --ckpt-fully-parallel-save
         --dist-ckpt-optim-fully-reshardable --auto-detect-ckpt-format --tokenizer-hf-use-fast --legacy-tokenizer
         --enable-experimental --disable-msc --local-rank= --lazy-mpu-init= --onnx-safe=
         --no-use-tokenizer-model-from-checkpoint-args --disable-use-tokenizer-model-from-checkpoint-args""",
+    ),
+    FlagFamily(
+        "Attention masks",
+        "a mask is made on the device, and only where a flag asks for one that is not causal",
+        "--no-create-attention-mask-in-dataloader",
     ),
     FlagFamily(
         "Ignored by megatron-core",
@@ -58,7 +63,7 @@ WITHOUT_EFFECT: tuple[FlagFamily, ...] = (
         """--tensorboard-log-interval= --tensorboard-queue-size= --no-log-loss-scale-to-tensorboard
         --disable-log-loss-scale-to-tensorboard --log-validation-ppl-to-tensorboard --log-memory-to-tensorboard
         --log-memory-interval= --log-device-memory-used --log-max-attention-logit --log-world-size-to-tensorboard
-        --log-energy --log-progress --logging-level= --config-logger-dir= --dump-param-to-param-group-map=
+        --log-energy --log-progress --log-params-norm --logging-level= --config-logger-dir= --dump-param-to-param-group-map=
         --no-one-logger --one-logger-project= --one-logger-run-name= --one-logger-async --app-tag-run-name=
         --app-tag-run-version=""",
     ),
@@ -80,7 +85,7 @@ WITHOUT_EFFECT: tuple[FlagFamily, ...] = (
         --disable-tp-comm-split-rs --high-priority-stream-groups= --nccl-communicator-config-path= --use-sharp
         --sharp-enabled-group= --create-all-gather-group --use-nccl-ub --disable-symmetric-registration
         --use-ring-exchange-p2p --pipeline-model-parallel-comm-backend= --use-tp-pp-dp-mapping
-        --overlap-param-gather-with-optimizer-step --ddp-num-buckets= --disable-gloo-process-groups
+        --no-overlap-p2p-communication --no-align-grad-reduce --overlap-param-gather-with-optimizer-step --ddp-num-buckets= --disable-gloo-process-groups
         --distributed-timeout-seconds-after-init=""",
     ),
     FlagFamily(
@@ -141,6 +146,7 @@ REFUSED: tuple[FlagFamily, ...] = (
         "give the paths with --data-path or in --config",
         "--data-args-path= --per-split-data-args-path=",
     ),
+    FlagFamily("Other name", "--exit-signal-handler waits for SIGTERM and SIGUSR1", "--exit-signal=SIGTERM"),
     FlagFamily("Other name", "use --load with --finetune", "--pretrained-checkpoint="),
     FlagFamily(
         "Other name", "for a teacher with code of its own use --let-trust-remote-code", "--trust-remote-code"
@@ -148,7 +154,7 @@ REFUSED: tuple[FlagFamily, ...] = (
     FlagFamily(
         "Comes later",
         "it comes in a later version",
-        "--async-save --kd-weight= --kd-temperature= --kd-stop-iters=",
+        "--async-save --save-retain-interval= --kd-weight= --kd-temperature= --kd-stop-iters=",
     ),
     FlagFamily(
         "Settings out of a checkpoint",

@@ -24,6 +24,3 @@ class ParallelConfig:
 
     grad_reduce_in_bf16: bool = False
     """Accumulate and reduce gradients in bf16. Without it a bf16 run uses fp32 for both."""
-
-    align_grad_reduce: bool = True
-    """Launch gradient reductions on all pipeline stages at the same time (--overlap-grad-reduce)."""

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple, get_type_hints
 
 import yaml
@@ -37,9 +38,9 @@ class RunConfig:
     transformer: Any
     parallel: ParallelConfig
     ddp: Any
+    training: TrainingConfig
     optimizer: Any
     schedule: ScheduleConfig
-    training: TrainingConfig
     validation: ValidationConfig
     data: DataConfig
     tokenizer: TokenizerConfig
@@ -125,6 +126,7 @@ def section_classes(core: CoreSections) -> dict[str, type[Any]]:
     return {name: getattr(core, name, hints[name]) for name in _sections()}
 
 
+@cache
 def all_settings(core: CoreSections) -> tuple[Setting, ...]:
     """Return every setting once, in the order of --help; a dest that sections share belongs to the first."""
     found: dict[str, Setting] = {}

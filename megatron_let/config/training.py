@@ -34,10 +34,7 @@ class TrainingConfig:
     """Save and exit after this many minutes."""
 
     exit_signal_handler: bool = False
-    """Save and exit when --exit-signal arrives."""
-
-    exit_signal: Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"] = "SIGTERM"
-    """Signal that --exit-signal-handler waits for."""
+    """Save and exit when SIGTERM or SIGUSR1 arrives."""
 
     seed: int = 1234
     """Seed of Python, NumPy and PyTorch."""
@@ -49,7 +46,7 @@ class TrainingConfig:
     """With --manual-gc: collect every so many iterations; 0 only around validation."""
 
     manual_gc_eval: bool = option(True, off_flags=("--no-manual-gc-eval", "--disable-manual-gc-eval"))
-    """With --manual-gc: collect before and after each validation."""
+    """With --manual-gc: collect before and after each validation; --no-manual-gc-eval: do not."""
 
     empty_unused_memory_level: Literal[0, 1, 2] = 0
     """Give cached GPU memory back each iteration: 0 never, 1 after it, 2 before and after."""

@@ -6,7 +6,6 @@ Megatron-LM's other flags are from `config/megatron_flags.py`.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -27,11 +26,11 @@ from megatron_let.config.megatron_flags import REFUSED, WITHOUT_EFFECT, family_o
 from megatron_let.config.run_config import RunConfig, all_settings
 from megatron_let.config.setting import Setting
 from megatron_let.errors import ConfigError
+from megatron_let.log import LOGGER
 from megatron_let.mcore.settings import CORE_SECTIONS
 
 PROGRAM = "pretrain_let.py"
 _OWN_FLAGS = ("-h", "--help", "--version", "--config")
-_logger = logging.getLogger(__name__)
 
 
 def parse_arguments(argv: Sequence[str]) -> RunConfig:
@@ -54,7 +53,7 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
     own_lines = {key: value for key, value in from_file.items() if not is_foreign(_flag(key))}
     values.update(values_of_mapping(own_lines, settings))
     values.update(_values_of_flags([item for item in occurrences if not is_foreign(item.flag)], settings))
-    return derive(RunConfig.from_values(values, CORE_SECTIONS), warn=_warn)
+    return derive(RunConfig.from_values(values, CORE_SECTIONS), warn=LOGGER.warning)
 
 
 def _answer_questions(occurrences: Iterable[Occurrence], settings: Sequence[Setting]) -> None:
@@ -113,7 +112,7 @@ def _judge_foreign(foreign: Iterable[Occurrence]) -> None:
                 raise ConfigError(f"{flag} is a switch and takes no value, got {' '.join(words)}")
             warnings[flag] = f"{flag} has no effect: {ignored.reason}"
     for warning in warnings.values():
-        _warn(warning)
+        LOGGER.warning(warning)
 
 
 def _flag(key: str) -> str:
@@ -126,18 +125,7 @@ def _is_foreign_line(key: str, value: Any) -> bool:
     return is_foreign(_flag(key)) and value is not False and value is not None
 
 
-def _is_first_rank() -> bool:
-    """Return whether this process speaks for the run, by torchrun's environment; groups do not exist yet."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _say(text: str) -> None:
-    """Print on the first rank."""
-    if _is_first_rank():
+    """Print on the first rank by torchrun's environment; process groups do not exist yet."""
+    if os.environ.get("RANK", "0") == "0":
         print(text)
-
-
-def _warn(message: str) -> None:
-    """Log a warning on the first rank."""
-    if _is_first_rank():
-        _logger.warning(message)

@@ -42,11 +42,6 @@ def check_source(config: RunConfig) -> None:
         check_split(data.split)
     for name in ("data_path", *_PER_SPLIT):
         check_blend(f"--{name.replace('_', '-')}", getattr(data, name) or ())
-    if not data.create_attention_mask_in_dataloader:
-        require(
-            not data.reset_attention_mask,
-            "--reset-attention-mask needs the loader's masks; leave out --no-create-attention-mask-in-dataloader",
-        )
 
 
 def check_split(split: str | None) -> None:

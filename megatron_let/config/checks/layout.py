@@ -148,16 +148,6 @@ def _check_interleaved(config: RunConfig, stages: int) -> None:
         require_takes_effect(
             transformer, *schedule_only, needs="--num-virtual-stages-per-pipeline-rank of 2 or more"
         )
-        return
-    require(
-        stages > 2 or transformer.overlap_p2p_comm,
-        "--no-overlap-p2p-communication with the interleaved schedule needs --pipeline-model-parallel-size of 3 or "
-        "more: with 2 the messages of two chunks mix; leave it out",
-    )
-    require(
-        transformer.overlap_p2p_comm or not transformer.overlap_p2p_comm_warmup_flush,
-        "--overlap-p2p-communication-warmup-flush excludes --no-overlap-p2p-communication; leave one out",
-    )
 
 
 def check_interleaved_microbatches(config: RunConfig, world_size: int) -> None:

@@ -17,7 +17,7 @@ MINIMUM = {
         num_virtual_stages_per_pipeline_rank distributed_timeout_minutes bucket_size recompute_num_layers
         micro_batch_size global_batch_size train_iters train_samples exit_interval exit_duration_in_mins
         lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples eval_interval
-        num_dataset_builder_threads save_interval save_retain_interval log_interval
+        num_dataset_builder_threads save_interval log_interval
         loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis fp8_amax_history_len
         let_student_layer let_teacher_layer let_stop_iters
     """,

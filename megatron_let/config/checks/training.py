@@ -163,29 +163,21 @@ def check_weight_decay(config: RunConfig) -> None:
 
 
 def check_loop(config: RunConfig) -> None:
-    """Garbage collection and the signal to leave on."""
+    """Garbage collection."""
     training = config.training
     if not training.manual_gc:
         require_takes_effect(training, "manual_gc_interval", "manual_gc_eval", needs="--manual-gc")
-    if not training.exit_signal_handler:
-        require_takes_effect(training, "exit_signal", needs="--exit-signal-handler")
 
 
 def check_checkpoints(config: RunConfig) -> None:
     """Flags of saving need --save, flags of loading --load."""
     checkpoint = config.checkpoint
     if checkpoint.save is None:
-        saving = ("save_interval", "save_retain_interval", "no_save_optim", "no_save_rng")
+        saving = ("save_interval", "no_save_optim", "no_save_rng")
         require_takes_effect(checkpoint, *saving, needs="--save")
     if checkpoint.load is None:
         loading = ("ckpt_step", "finetune", "no_load_optim", "no_load_rng", "strict_load")
         require_takes_effect(checkpoint, *loading, "exit_on_missing_checkpoint", needs="--load")
-    interval, retain = checkpoint.save_interval, checkpoint.save_retain_interval
-    if retain is not None:
-        require(
-            interval is not None and retain % interval == 0,
-            f"--save-retain-interval {retain} must be a multiple of --save-interval ({interval}); change one of them",
-        )
 
 
 def check_logging(config: RunConfig) -> None:

@@ -33,7 +33,11 @@ def encode(content: bytes, rules: EncodingRules = RULES, encoder: BatchEncoder |
     block = encode_block(LineBlock("input", 1, content, len(content)), rules, encoder or CharacterEncoder())
     encoded = block.keys[rules.json_keys[0]]
     num_documents = len(np.frombuffer(encoded.sequence_counts, np.int32))
-    assert block.num_lines == num_documents + len(encoded.skipped) == content.count(b"\n") + (content[-1:] != b"\n")
+    assert (
+        block.num_lines
+        == num_documents + len(encoded.skipped)
+        == content.count(b"\n") + (content[-1:] != b"\n")
+    )
     assert encoded.num_tokens == len(np.frombuffer(encoded.tokens, rules.dtype))
     return encoded
 
@@ -78,7 +82,9 @@ GOOD = b'{"text": "ab", "other": 1}\n'
         (b'{"text": "a!"}', records.NOT_ENCODABLE),
     ],
 )
-def test_each_bad_record_is_skipped_for_its_reason_and_its_neighbours_are_kept(line: bytes, reason: str) -> None:
+def test_each_bad_record_is_skipped_for_its_reason_and_its_neighbours_are_kept(
+    line: bytes, reason: str
+) -> None:
     encoded = encode(GOOD + line + b"\n" + GOOD)
     assert [(item.line, item.reason) for item in encoded.skipped] == [(2, reason)]
     assert ids_of(encoded) == [97, 98, 0] * 2
@@ -150,7 +156,9 @@ def test_an_id_too_large_for_the_type_is_never_wrapped() -> None:
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(st.characters(codec=None), max_size=8),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=4), children, max_size=3),
+    lambda children: (
+        st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=4), children, max_size=3)
+    ),
     max_leaves=4,
 )
 any_line = st.one_of(
@@ -169,9 +177,7 @@ def test_whatever_the_lines_are_each_is_written_or_skipped(backend: Any, lines: 
 @given(texts=st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=5), ascii_only=st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_every_text_is_kept_exactly(backend: Any, texts: list[str], ascii_only: bool) -> None:
-    content = b"".join(
-        json.dumps({"text": text}, ensure_ascii=ascii_only).encode() + b"\n" for text in texts
-    )
+    content = b"".join(json.dumps({"text": text}, ensure_ascii=ascii_only).encode() + b"\n" for text in texts)
     rules = EncodingRules(json_keys=("text",), dtype="uint16", append_eod=False, eod=0)
     encoded = encode(content, rules, BackendEncoder(backend))
     ends = np.cumsum(np.frombuffer(encoded.lengths, np.int32)).tolist()

@@ -75,7 +75,11 @@ def test_a_pad_token_from_the_vocabulary_does_not_change_it_and_another_eos_does
     tokenizer_directory: Path, tmp_path: Path
 ) -> None:
     values = []
-    for name, changes in (("pad", {"pad_token": "!"}), ("eos", {"eos_token": "!"}), ("bos", {"bos_token": "!"})):
+    for name, changes in (
+        ("pad", {"pad_token": "!"}),
+        ("eos", {"eos_token": "!"}),
+        ("bos", {"bos_token": "!"}),
+    ):
         copy = tmp_path / name
         shutil.copytree(tokenizer_directory, copy)
         config = json.loads((copy / "tokenizer_config.json").read_text())
@@ -100,7 +104,10 @@ def test_a_directory_with_a_broken_tokenizer_is_an_error(tmp_path: Path) -> None
 def test_a_disagreement_names_both_sides() -> None:
     with pytest.raises(ConfigError) as caught:
         require_same_tokenizer(
-            data="data/pile (tokenizer A)", data_fingerprint="1" * 64, teacher="teacher B", teacher_fingerprint="2" * 64
+            data="data/pile (tokenizer A)",
+            data_fingerprint="1" * 64,
+            teacher="teacher B",
+            teacher_fingerprint="2" * 64,
         )
     message = str(caught.value)
     assert "data/pile (tokenizer A)" in message
@@ -110,7 +117,9 @@ def test_a_disagreement_names_both_sides() -> None:
 
 def test_agreement_is_true_and_an_unknown_side_is_not_an_error() -> None:
     def compare(data: str | None, teacher: str | None) -> bool:
-        return require_same_tokenizer(data="d", data_fingerprint=data, teacher="t", teacher_fingerprint=teacher)
+        return require_same_tokenizer(
+            data="d", data_fingerprint=data, teacher="t", teacher_fingerprint=teacher
+        )
 
     assert compare("1", "1")
     assert not compare(None, "1")

@@ -39,7 +39,9 @@ def write_with_ours(prefix: Path, documents: Documents, dtype: str, per_call: in
             some = documents[start : start + per_call]
             sequences = [sequence for document in some for sequence in document]
             writer.add_documents(
-                np.array([token_id for sequence in sequences for token_id in sequence], dtype=dtype).tobytes(),
+                np.array(
+                    [token_id for sequence in sequences for token_id in sequence], dtype=dtype
+                ).tobytes(),
                 np.array([len(sequence) for sequence in sequences], dtype=np.int32).tobytes(),
                 np.array([len(document) for document in some], dtype=np.int32).tobytes(),
             )
@@ -216,7 +218,9 @@ def test_a_failed_write_leaves_the_old_pair_and_no_litter(pair: Path) -> None:
 
     def fail() -> None:
         with IndexedWriter(str(pair), "uint16") as writer:
-            writer.add_documents(b"\1\0", np.array([1], np.int32).tobytes(), np.array([1], np.int32).tobytes())
+            writer.add_documents(
+                b"\1\0", np.array([1], np.int32).tobytes(), np.array([1], np.int32).tobytes()
+            )
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

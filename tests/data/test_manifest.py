@@ -83,6 +83,10 @@ def test_what_is_not_a_manifest_is_named(tmp_path: Path, content: str, message: 
 def test_a_manifest_of_an_earlier_pair_is_refused() -> None:
     summary = IndexedSummary(prefix="data", dtype="uint16", documents=3, sequences=4, tokens=7)
     require_manifest_of(MANIFEST, summary)
-    for changed in (replace(summary, documents=4), replace(summary, tokens=8), replace(summary, dtype="int32")):
+    for changed in (
+        replace(summary, documents=4),
+        replace(summary, tokens=8),
+        replace(summary, dtype="int32"),
+    ):
         with pytest.raises(ConfigError, match=r"data\.manifest\.json belongs to other files"):
             require_manifest_of(MANIFEST, changed)

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from megatron_let.data.sources import LineBlock, find_sources, lines_of, read_blocks
 from megatron_let.errors import ConfigError
 
-CONTENT = b"".join(b'{"text": "%06d %s"}\n' % (number, os.urandom(30).hex().encode()) for number in range(3000))
+CONTENT = b"".join(
+    b'{"text": "%06d %s"}\n' % (number, os.urandom(30).hex().encode()) for number in range(3000)
+)
 
 
 def read(path: Path) -> bytes:

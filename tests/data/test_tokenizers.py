@@ -46,7 +46,9 @@ def test_importing_the_module_loads_no_tokenizer_library() -> None:
         "import sys, megatron_let.data.tokenizers, megatron_let.data.preprocess\n"
         "print([name for name in ('torch', 'transformers', 'tokenizers', 'sentencepiece') if name in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
+    )
     assert result.stdout.strip() == "[]"
 
 
@@ -65,7 +67,10 @@ def test_a_post_processor_that_adds_bos_adds_none_to_the_data(
 ) -> None:
     template = {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "single": [
+            {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
     }
@@ -147,7 +152,12 @@ def test_sentencepiece_model_and_its_hugging_face_directory_have_one_fingerprint
     sentencepiece_model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model.read_bytes())
-    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     plain = build_tokenizer(tokenizer_type="Llama2Tokenizer", tokenizer_model=str(sentencepiece_model))
     converted = huggingface(tmp_path)
@@ -205,7 +215,7 @@ def test_each_mistake_is_named_in_one_line(
         config_tokenizer_class="Own",
         config_auto_map={"AutoTokenizer": [None, "own.OwnTokenizer"]},
     )
-    vocab_file, merge_file = save_gpt2_files(backend, tmp_path)
+    vocab_file, _ = save_gpt2_files(backend, tmp_path)
     Path(tmp_path / "no_end.json").write_text(json.dumps({"a": 0}))
     (tmp_path / "no_merges.txt").write_text("#version: 0.2\n")
     cases: list[tuple[dict[str, Any], str]] = [
@@ -219,7 +229,10 @@ def test_each_mistake_is_named_in_one_line(
         (with_model("HuggingFaceTokenizer", remote), "cannot load the tokenizer in"),
         (with_model("HuggingFaceTokenizer", sentencepiece_model), "is a file: HuggingFaceTokenizer takes"),
         (with_model("Llama2Tokenizer", tokenizer_directory), "is not a file"),
-        (with_model("Llama2Tokenizer", tokenizer_directory / "tokenizer.json"), "cannot load the SentencePiece"),
+        (
+            with_model("Llama2Tokenizer", tokenizer_directory / "tokenizer.json"),
+            "cannot load the SentencePiece",
+        ),
         ({"tokenizer_type": "GPT2BPETokenizer", "vocab_file": vocab_file}, "needs --merge-file"),
         (gpt2(vocab_file, tmp_path / "absent"), "absent does not exist"),
         (gpt2(vocab_file, vocab_file), "cannot read"),
@@ -239,4 +252,8 @@ def with_model(tokenizer_type: str, model: str | Path) -> dict[str, Any]:
 
 
 def gpt2(vocab_file: str | Path, merge_file: str | Path) -> dict[str, Any]:
-    return {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": str(vocab_file), "merge_file": str(merge_file)}
+    return {
+        "tokenizer_type": "GPT2BPETokenizer",
+        "vocab_file": str(vocab_file),
+        "merge_file": str(merge_file),
+    }

@@ -243,6 +243,24 @@ def test_a_mistake_is_one_line_and_status_two(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interruption_is_one_line_and_leaves_nothing(
+    corpus: Path,
+    tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_let.data.indexed_writer.IndexedWriter.add_documents", interrupt)
+    flags = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer)
+    output = ("--input", corpus / "train.jsonl", "--output-prefix", tmp_path / "out")
+    assert run("preprocess_data", *flags, *output) == 130
+    assert capsys.readouterr().err == "error: interrupted; nothing was written over\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_inspecting_a_damaged_or_absent_pair_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

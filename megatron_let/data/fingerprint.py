@@ -89,10 +89,8 @@ def describe_difference(left: Mapping[str, int], right: Mapping[str, int]) -> st
     parts = []
     if moved:
         first = min(moved, key=lambda token: (left[token], token))
-        parts.append(
-            f"{len(moved)} tokens have other ids (first {first!r}: {left[first]} and {right[first]})"
-        )
+        parts.append(f"other ids: {len(moved)} (first {first!r}: {left[first]} and {right[first]})")
     for name, only in (("first", left.keys() - right.keys()), ("second", right.keys() - left.keys())):
         if only:
-            parts.append(f"{len(only)} tokens only in the {name} (such as {min(only)!r})")
+            parts.append(f"only in the {name}: {len(only)} (such as {min(only)!r})")
     return "; ".join(parts)

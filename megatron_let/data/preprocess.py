@@ -76,7 +76,7 @@ def preprocess(
     The bytes do not depend on the number of workers. `write_line` receives progress lines.
 
     Raises:
-        ConfigError: a setting is impossible, an input cannot be read, or a key gave no document at all.
+        ConfigError: an impossible setting, an unreadable input, an unwritable output, a key without any document.
         LetError: a worker died, or the disk is full.
     In every such case the files that were there before are left as they were.
     """
@@ -91,12 +91,7 @@ def preprocess(
     meter = ProgressMeter(sum(source.size for source in sources), settings.log_interval, write_line)
     try:
         with ExitStack() as stack:
-            outputs = {
-                key: _KeyOutput(
-                    stack.enter_context(IndexedWriter(output_prefix_of(settings, key), rules.dtype))
-                )
-                for key in settings.json_keys
-            }
+            outputs = {key: _open_output(settings, key, rules.dtype, stack) for key in settings.json_keys}
             encode = _BlockEncoder(rules, tokenizer.batch_encoder())
             for block in map_in_order(encode, _all_blocks(sources), settings.workers):
                 _take(block, outputs, meter)
@@ -116,6 +111,14 @@ def _check_settings(settings: PreprocessSettings) -> None:
         raise ConfigError(
             f"--workers {settings.workers} and --log-interval {settings.log_interval} must be at least 1"
         )
+
+
+def _open_output(settings: PreprocessSettings, key: str, dtype: str, stack: ExitStack) -> _KeyOutput:
+    prefix = output_prefix_of(settings, key)
+    try:
+        return _KeyOutput(stack.enter_context(IndexedWriter(prefix, dtype)))
+    except OSError as error:
+        raise ConfigError(f"cannot write {prefix}.bin: {error.strerror}") from error
 
 
 def _all_blocks(sources: Sequence[SourceFile]) -> Iterator[LineBlock]:

@@ -36,8 +36,9 @@ if [ "$(cat "$stamp" 2>/dev/null)" = "$fingerprint" ]; then
     exit 0
 fi
 
-echo "installing $lock into $venv (the first time some hundred megabytes; minutes)"
+echo "installing $lock into $venv (the first time this takes minutes)"
 rm -f "$stamp"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --progress-bar on -r "$lock"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e "$root"
+"$venv/bin/python" -m pip install --disable-pip-version-check --no-input -r "$lock"
+"$venv/bin/python" -m pip install --disable-pip-version-check --no-input --quiet --no-deps --no-build-isolation \
+    -e "$root"
 echo "$fingerprint" >"$stamp"

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -31,7 +33,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from megatron_let.testing.worker import Case, Outcome, serve
+from megatron_let.testing.worker import Case, Outcome, WarningFilter, serve
 
 Result = TypeVar("Result")
 
@@ -79,9 +81,9 @@ class RankPool:
         self._environment = {**_SINGLE_THREAD, **(environment or {})}
         self._after_each = after_each
         self._workers: list[_Worker] = []
-        self._directory = tempfile.TemporaryDirectory(prefix="rank_pool_")
+        self._directory = tempfile.mkdtemp(prefix="rank_pool_")
         # Runs before multiprocessing's own exit hook, which would wait for the workers for ever.
-        self._finalizer = weakref.finalize(self, _kill, self._workers)
+        self._finalizer = weakref.finalize(self, _dispose, self._workers, self._directory)
 
     def __enter__(self) -> RankPool:
         """Return the pool itself."""
@@ -90,8 +92,8 @@ class RankPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the pool."""
-        self.close()
+        """End all workers and remove what the pool keeps on disk."""
+        self._finalizer()
 
     def run(
         self,
@@ -114,7 +116,7 @@ class RankPool:
         self._start(world_size)
         workers = self._workers[:world_size]
         call = pickle.dumps((function, args, self._after_each))
-        with tempfile.TemporaryDirectory(dir=self._directory.name) as directory:
+        with tempfile.TemporaryDirectory(dir=self._directory) as directory:
             store_file = str(Path(directory, "store")) if init_process_group else None
             port = _free_port()
             for rank, worker in enumerate(workers):
@@ -126,6 +128,7 @@ class RankPool:
                     store_file=store_file,
                     import_path=tuple(sys.path),
                     directory=os.getcwd(),
+                    warning_filters=_warning_filters(),
                     timeout=timeout,
                 )
                 with suppress(BrokenPipeError):  # the worker died at its start: its outcome says so
@@ -151,7 +154,7 @@ class RankPool:
         context = get_context("spawn")
         while len(self._workers) < count:
             ours, theirs = context.Pipe()
-            stack_file = Path(self._directory.name, f"stacks_{len(self._workers)}.txt")
+            stack_file = Path(self._directory, f"stacks_{len(self._workers)}.txt")
             # Not a daemon in multiprocessing's sense: those may not start writers of checkpoints or of data.
             program = context.Process(target=serve, args=(theirs, os.getpid(), str(stack_file)), daemon=False)
             with _environment(self._environment):  # OpenMP reads its setting when torch is imported
@@ -212,6 +215,12 @@ def _error_of(outcomes: Sequence[Outcome], timeout: float) -> RankError:
     return RankError(f"failed, first failure first\n{message}")
 
 
+def _dispose(workers: list[_Worker], directory: str) -> None:
+    """End these workers and remove their directory."""
+    _kill(workers)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
 def _kill(workers: list[_Worker]) -> None:
     """End these workers at once and forget them."""
     for worker in workers:
@@ -220,6 +229,16 @@ def _kill(workers: list[_Worker]) -> None:
     for worker in workers:
         worker.program.join()
     workers.clear()
+
+
+def _warning_filters() -> tuple[WarningFilter, ...]:
+    """Return the filters of this program, foremost first, as the arguments that make them again."""
+    rules: list[WarningFilter] = []
+    for action, message, category, module, line in warnings.filters:
+        # The interpreter's own filters hold text, those made later hold compiled patterns.
+        texts = [str(getattr(pattern, "pattern", pattern) or "") for pattern in (message, module)]
+        rules.append((action, texts[0], category, texts[1], line))
+    return tuple(rules)
 
 
 def _free_port() -> int:

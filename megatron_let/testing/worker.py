@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let.lifetime import die_with_parent
+
+# (action, pattern of the message, category, pattern of the module, line number): the arguments of filterwarnings
+WarningFilter = tuple[Any, str, Any, str, int]
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Case:
     store_file: str | None  # where the ranks meet; None: the function makes its own process group
     import_path: tuple[str, ...]
     directory: str
+    warning_filters: tuple[WarningFilter, ...]
     timeout: float  # seconds
 
 
@@ -120,7 +125,7 @@ def _then(function: Callable[..., Any], args: tuple[Any, ...], after_each: Calla
 
 @contextmanager
 def _surroundings(case: Case) -> Iterator[None]:
-    """Give the case the parent's import path and directory and torchrun's variables; take all of it back after."""
+    """Give the case the parent's import path, directory and warning filters and torchrun's variables, for its time."""
     environment, import_path, directory = dict(os.environ), list(sys.path), os.getcwd()
     sys.path[:] = case.import_path
     os.chdir(case.directory)
@@ -133,9 +138,18 @@ def _surroundings(case: Case) -> Iterator[None]:
         MASTER_PORT=str(case.port),
     )
     try:
-        yield
+        with warnings.catch_warnings():
+            _set_warning_filters(case.warning_filters)
+            yield
     finally:
         os.environ.clear()
         os.environ.update(environment)
         sys.path[:] = import_path
         os.chdir(directory)
+
+
+def _set_warning_filters(filters: tuple[WarningFilter, ...]) -> None:
+    """Treat warnings as the parent does: under pytest, as errors with named exceptions."""
+    warnings.resetwarnings()
+    for rule in filters:
+        warnings.filterwarnings(*rule, append=True)

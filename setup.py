@@ -39,6 +39,14 @@ setup(
         "logging": ["tensorboard", "wandb"],
         "quickstart": ["matplotlib"],
         "zst": ["zstandard"],
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "megatron_let[quickstart,zst]", "tensorboard"],
+        "test": [
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "megatron_let[quickstart,zst]",
+            "tensorboard",
+        ],
     },
 )

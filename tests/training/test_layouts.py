@@ -87,7 +87,7 @@ LAYOUTS = [
         {**VPP, **FULL, "--recompute-method": "block", "--recompute-num-layers": 1, "--let-student-layer": 3},
     ),
 ]
-AVERAGING = {
+AVERAGING: dict[str, dict[str, Any]] = {
     "mean-of-microbatches": {},
     "per-token": {"--calculate-per-token-loss": None},
     "one-microbatch": {"--micro-batch-size": 8},

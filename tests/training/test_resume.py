@@ -105,7 +105,7 @@ def test_distributed_optimizer_state_moves_between_layouts(
     assert largest_difference(*weights) <= 2e-5  # Adam amplifies roundings of near-zero gradients
 
 
-CHANGES = {
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "weight": ({"--let-weight": 0.5}, "weight is 0.5 but the checkpoint was trained with 1.0"),
     "layer": ({"--let-student-layer": 3}, "student layer is 3"),
     "stop": ({"--let-stop-iters": 4}, "stop iteration is 4"),

@@ -179,6 +179,7 @@ def test_weights_of_the_body_without_a_place(teacher_directory: Path, name: str)
     edit_weights(teacher_directory, lambda weights: weights.update({name: torch.zeros(24)}))
     assert name in refusal(teacher_directory)
     if name.startswith("model.layers.1"):
+        assert name in refusal(teacher_directory, 2)
         assert load(teacher_directory, 1).hidden_size == 24, "block 2 is not part of this teacher"
 
 

@@ -182,11 +182,16 @@ def test_documents_and_windows_equal_one_segment_at_a_time(model_on_disk: tuple[
             torch.testing.assert_close(together[row, begin:end], alone, rtol=0, atol=5e-6)
 
 
-def test_sdpa_is_used_and_nothing_is_cached(model_on_disk: tuple[Any, Path, str]) -> None:
+def test_sdpa_is_used_nothing_is_cached_and_no_token_is_looked_at(
+    model_on_disk: tuple[Any, Path, str],
+) -> None:
     _, directory, _ = model_on_disk
     teacher = load(directory)
     body = teacher._body  # type: ignore[attr-defined]
     assert body.config._attn_implementation == "sdpa"
+    assert body.config.pad_token_id is None, (
+        "GPT-2 would search every batch for it, a wait for the device each time"
+    )
     assert body(input_ids=random_tokens(1, 4), use_cache=False).past_key_values is None
 
 

@@ -88,9 +88,11 @@ def test_zero_vectors_give_cosine_zero_and_finite_gradients(dtype: torch.dtype) 
     assert torch.isfinite(sums.centred_cosine())
 
 
-def test_gradient_of_a_zero_vector_is_that_of_the_floored_formula() -> None:
-    hidden = torch.zeros(1, 1, WIDTH, requires_grad=True)
-    states = torch.randn(1, 1, WIDTH)
+@pytest.mark.parametrize("length", [0.0, 0.5 * NORM_FLOOR])
+def test_gradient_below_the_floor_is_that_of_the_floored_formula(length: float) -> None:
+    direction = torch.randn(1, 1, WIDTH)
+    hidden = (direction / direction.norm() * length).requires_grad_()
+    states = direction + torch.randn(1, 1, WIDTH)
     (gradient,) = torch.autograd.grad(cosine_alignment(hidden, states, torch.ones(1, 1)).loss_sum, hidden)
     expected = -states / states.norm() / NORM_FLOOR
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=0)  # fp32 rounding of three operations

@@ -16,7 +16,8 @@ class Microbatch:
 
     tokens, labels, position_ids: [b, s/cp]; loss_mask: [b, s/cp], 1.0 where a token counts in the loss;
     attention_mask: [b, 1, s, s], True where a position must not be seen, or None for causal;
-    full_tokens: [b, s], what the teacher reads; document_starts: [b, s] or None where documents see each other.
+    full_tokens: [b, s], what the teacher reads; document_starts: [b, s] on the CPU, or None where documents see each
+    other.
     """
 
     tokens: torch.Tensor
@@ -36,9 +37,12 @@ def build_microbatch(
     The end-of-document token closes its document: the next token starts a new one. `--eod-mask-loss` takes the
     prediction made AT an end-of-document token out of the loss.
     """
+    document_starts = find_document_starts(
+        tokens, eod
+    )  # where the loader left it: its readers count on the CPU
     tokens = tokens.to(context.device, non_blocking=True)
     labels = labels.to(context.device, non_blocking=True)
-    starts = find_document_starts(tokens, eod)
+    starts = document_starts.to(context.device, non_blocking=True)
     loss_mask = torch.ones_like(tokens, dtype=torch.float32)
     if data.eod_mask_loss:
         loss_mask = (tokens != eod).float()
@@ -52,7 +56,7 @@ def build_microbatch(
         position_ids=positions,
         attention_mask=_document_mask(starts) if data.reset_attention_mask else None,
         full_tokens=tokens,
-        document_starts=starts if data.reset_attention_mask else None,
+        document_starts=document_starts if data.reset_attention_mask else None,
     )
     return _context_parallel_share(whole, context)
 

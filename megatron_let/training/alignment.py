@@ -102,8 +102,9 @@ class Alignment:
         states = context_parallel_slice(states, dim=1, rank=context.cp_rank, size=context.cp_size)
         states, mask = states.transpose(0, 1), batch.loss_mask.transpose(0, 1)  # [s/cp, b, d_t], [s/cp, b]
         if self._is_sequence_parallel:
+            # contiguous: a view would keep the whole sequence's states alive until backward
             states, mask = (
-                sequence_parallel_slice(x, dim=0, rank=context.tp_rank, size=context.tp_size)
+                sequence_parallel_slice(x, dim=0, rank=context.tp_rank, size=context.tp_size).contiguous()
                 for x in (states, mask)
             )
         return AlignmentTarget(

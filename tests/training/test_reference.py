@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_reference import Expected, Problem, TeacherStates, compute, hf_teacher, states_of
+from plain_reference import Expected, Problem, compute, hf_teacher, states_of
 
 from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.hf_students import STUDENTS, StudentFamily, Twin, build_twin

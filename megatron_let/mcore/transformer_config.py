@@ -53,7 +53,7 @@ def build_transformer_config(config: RunConfig, *, is_on_gpu: bool) -> Transform
         ConfigError: megatron-core refuses the combination; its own reason is quoted.
     """
     values: dict[str, Any] = dataclasses.asdict(config.transformer)
-    values.update(_activation(config))
+    values.update(_activation(config, is_on_gpu=is_on_gpu))
     dtype = compute_dtype(config)
     has_virtual_stages = config.transformer.virtual_pipeline_model_parallel_size is not None
     values.update(
@@ -75,14 +75,20 @@ def build_transformer_config(config: RunConfig, *, is_on_gpu: bool) -> Transform
         raise ConfigError(f"megatron-core refuses these settings: {' '.join(str(error).split())}") from error
 
 
-def _activation(config: RunConfig) -> dict[str, Any]:
+def _activation(config: RunConfig, *, is_on_gpu: bool) -> dict[str, Any]:
     if config.model.swiglu:
         fusion = config.model.bias_swiglu_fusion
         return {"activation_func": F.silu, "gated_linear_unit": True, "bias_activation_fusion": fusion}
     if config.model.squared_relu:
-        return {"activation_func": squared_relu, "gated_linear_unit": False, "bias_activation_fusion": False}
+        # megatron-core's is compiled at its first call: on CPU that takes a C++ compiler and most of a minute
+        function = squared_relu if is_on_gpu else _squared_relu
+        return {"activation_func": function, "gated_linear_unit": False, "bias_activation_fusion": False}
     fusion = config.model.bias_gelu_fusion
     return {"activation_func": F.gelu, "gated_linear_unit": False, "bias_activation_fusion": fusion}
+
+
+def _squared_relu(values: torch.Tensor) -> torch.Tensor:
+    return F.relu(values).square()
 
 
 def _resolve_fusions(config: RunConfig, values: dict[str, Any], *, is_on_gpu: bool) -> dict[str, bool]:

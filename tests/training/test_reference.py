@@ -1,0 +1,227 @@
+"""One iteration of the program against Hugging Face models with the same weights: losses and every gradient.
+
+Everything between is held: the fused QKV and gate/up layouts, biases, norms, rotary and learned positions, tied
+embeddings, the padded vocabulary, loss masks, averaging over microbatches, the teacher's states, their interpolation
+and the alignment's gradient, and on several ranks all reductions. The weights are spread by 0.1 so that no bias is 0
+and no norm weight 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plain_reference import Expected, Problem, compute, hf_teacher, states_of
+
+from megatron_let.testing.distributed import RankPool
+from megatron_let.testing.hf_students import STUDENTS, StudentFamily, Twin, build_twin
+from megatron_let.testing.one_iteration import OneIteration, run_one_iteration, write_spread_checkpoint
+from megatron_let.testing.tiny_teachers import FAMILIES, write_tiny_teacher
+from megatron_let.testing.training import TINY_STUDENT, arguments
+
+VOCABULARY, EOD, STUDENT_LAYER, MICRO_BATCH = 61, 60, 2, 2
+
+# fp32: two implementations of a 4-layer model differ by a few hundred roundings of 6e-8.
+LOSS = 1e-5
+# Relative to the largest entry of each gradient tensor: entries that cancel to nothing keep the roundings of what
+# cancelled. A wrong layout, scale or mask is off by 1e-1.
+GRADIENT = 2e-5
+
+TP2 = {"--tensor-model-parallel-size": 2}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one-process": (1, {}),
+    "tp2": (2, TP2),
+    "tp2-sp": (2, {**TP2, "--sequence-parallel": None}),
+    "tp4": (4, {"--tensor-model-parallel-size": 4}),  # the last rank's vocabulary is padding alone
+    "pp2": (2, {"--pipeline-model-parallel-size": 2}),
+    "dp2": (2, {}),
+    "tp2-pp2-sp": (4, {**TP2, "--pipeline-model-parallel-size": 2, "--sequence-parallel": None}),
+}
+
+
+@dataclass(frozen=True)
+class Ours:
+    """Runs the program's first iteration from a spread checkpoint of a student family."""
+
+    pool: RankPool
+    data: Path
+    root: Path
+    done: dict[tuple[str, ...], OneIteration] = field(default_factory=dict)
+
+    def base(self, family: StudentFamily) -> dict[str, Any]:
+        """Return the flags of a student that reads microbatches of two samples."""
+        return {
+            **TINY_STUDENT,
+            **family.flags,
+            "--train-iters": False,
+            "--data-path": self.data,
+            "--micro-batch-size": MICRO_BATCH,
+            "--global-batch-size": 2 * MICRO_BATCH,
+        }
+
+    def start(self, family: StudentFamily) -> Path:
+        """Return a checkpoint of the family, written once."""
+        directory = self.root / family.name
+        if not directory.exists():
+            self.pool.run(1, write_spread_checkpoint, arguments(self.base(family)), directory)
+        return directory
+
+    def run(
+        self, family: StudentFamily, layout: str, teacher: Path, changes: dict[str, Any] | None = None
+    ) -> OneIteration:
+        """Run one iteration of LET on a layout; rank 0's view of it."""
+        world_size, flags = LAYOUTS[layout]
+        let = {
+            "--load": self.start(family),
+            "--finetune": None,
+            "--eod-mask-loss": None,
+            "--let-teacher-load": teacher,
+            "--let-weight": 1.0,
+            "--let-stop-iters": 1,
+            "--let-student-layer": STUDENT_LAYER,
+        }
+        words = arguments(self.base(family), {**let, **flags, **(changes or {})})
+        key = (layout, *words)
+        if key not in self.done:
+            self.done[key] = self.pool.run(world_size, run_one_iteration, words)[0]
+        return self.done[key]
+
+
+@pytest.fixture(scope="session")
+def ours(pool: RankPool, token_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Ours:
+    """Return the maker of our side."""
+    return Ours(pool, token_files, tmp_path_factory.mktemp("spread"))
+
+
+def problem_of(iteration: OneIteration, **changes: Any) -> Problem:
+    """Return the reference's view of an iteration with --eod-mask-loss."""
+    mask = (iteration.tokens != EOD).float()
+    settings: dict[str, Any] = {
+        "micro_batch_size": MICRO_BATCH,
+        "weight": 1.0,
+        "student_layer": STUDENT_LAYER,
+        **changes,
+    }
+    return Problem(iteration.tokens, iteration.labels, mask, **settings)
+
+
+def assert_equals_reference(iteration: OneIteration, twin: Twin, expected: Expected) -> None:
+    """Assert that losses and the gradient of every parameter are the reference's."""
+    row = iteration.row
+    assert row is not None
+    assert row.lm_loss == pytest.approx(expected.lm_loss, rel=LOSS)
+    if row.let_loss is not None:
+        assert row.let_loss == pytest.approx(expected.let_loss, rel=LOSS, abs=LOSS)
+        assert row.let_cosine == pytest.approx(-expected.let_loss, rel=LOSS, abs=LOSS)
+    actual = twin.to_hf(iteration.gradients)
+    assert actual.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        assert gradient.abs().max() > 1e-4, f"the test shows nothing of {name}"
+        error = (actual[name] - gradient).abs().max() / gradient.abs().max()
+        assert error <= GRADIENT, f"{name}: {error:.1e}"
+
+
+CASES = [
+    *((family, "one-process", weight) for family in STUDENTS for weight in (0.0, 0.1, 1.0)),
+    *(
+        (family, layout, 1.0)
+        for family in STUDENTS
+        for layout in LAYOUTS
+        if layout not in ("one-process", "tp4")
+    ),
+    ("gpt2", "tp4", 1.0),
+]
+
+
+@pytest.mark.parametrize(("family", "layout", "weight"), CASES)
+def test_losses_and_gradients_are_those_of_hugging_face(
+    family: str, layout: str, weight: float, ours: Ours, teacher: Path
+) -> None:
+    student = STUDENTS[family]
+    iteration = ours.run(student, layout, teacher, {"--let-weight": weight})
+    twin = build_twin(student, iteration.weights, vocab_size=VOCABULARY)
+    problem = problem_of(iteration, weight=weight)
+    assert [int(m.sum()) for m in problem.mask.split(MICRO_BATCH)] == [37, 61], "the masks must differ"
+    assert (iteration.row is not None and iteration.row.let_loss is None) == (weight == 0.0)
+    assert_equals_reference(iteration, twin, compute(problem, twin, hf_teacher(teacher)))
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"), [*(("llama", layout) for layout in LAYOUTS if layout != "tp4"), ("gpt2", "tp4")]
+)
+def test_per_token_averaging_divides_by_all_tokens_of_the_iteration(
+    family: str, layout: str, ours: Ours, teacher: Path
+) -> None:
+    changes = {"--let-weight": 0.1, "--calculate-per-token-loss": None}
+    iteration = ours.run(STUDENTS[family], layout, teacher, changes)
+    twin = build_twin(STUDENTS[family], iteration.weights, vocab_size=VOCABULARY)
+    problem = problem_of(iteration, weight=0.1, is_per_token=True)
+    assert_equals_reference(iteration, twin, compute(problem, twin, hf_teacher(teacher)))
+
+
+@pytest.mark.parametrize("is_per_token", [False, True])
+def test_a_microbatch_without_counted_tokens_adds_nothing(
+    is_per_token: bool, ours: Ours, teacher: Path
+) -> None:
+    changes: dict[str, Any] = {"--micro-batch-size": 1, "--global-batch-size": 16}
+    if is_per_token:
+        changes["--calculate-per-token-loss"] = None
+    student = STUDENTS["llama"]
+    iteration = ours.run(student, "one-process", teacher, changes)
+    problem = problem_of(iteration, micro_batch_size=1, is_per_token=is_per_token)
+    assert 0 in problem.mask.sum(1), "the data must hold such a sample"
+    twin = build_twin(student, iteration.weights, vocab_size=VOCABULARY)
+    assert_equals_reference(iteration, twin, compute(problem, twin, hf_teacher(teacher)))
+
+
+@pytest.mark.parametrize("layer", [None, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_of_hugging_face_teachers_and_layers(
+    family: str, layer: int | None, ours: Ours, tmp_path: Path
+) -> None:
+    write_tiny_teacher(family, tmp_path)
+    student = STUDENTS["llama"]
+    iteration = ours.run(student, "one-process", tmp_path, {"--let-teacher-layer": layer or False})
+    twin = build_twin(student, iteration.weights, vocab_size=VOCABULARY)
+    states = hf_teacher(tmp_path, layer)
+    assert_equals_reference(iteration, twin, compute(problem_of(iteration), twin, states))
+
+
+@pytest.mark.parametrize("layer", [None, 2])
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "neox"])
+def test_a_megatron_checkpoint_as_teacher(family: str, layer: int | None, ours: Ours, teacher: Path) -> None:
+    as_student = ours.run(STUDENTS[family], "one-process", teacher)  # for its weights
+    teacher_twin = build_twin(STUDENTS[family], as_student.weights, vocab_size=VOCABULARY)
+    student = STUDENTS["llama"]
+    changes = {"--let-teacher-layer": layer or False}
+    iteration = ours.run(student, "one-process", ours.start(STUDENTS[family]), changes)
+    twin = build_twin(student, iteration.weights, vocab_size=VOCABULARY)
+    states = states_of(teacher_twin.model, layer)
+    assert_equals_reference(iteration, twin, compute(problem_of(iteration), twin, states))
+
+
+@pytest.mark.parametrize(("layout", "rows"), [("one-process", 72), ("tp2", 96)])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rows_that_pad_the_vocabulary_get_no_gradient(
+    family: str, layout: str, rows: int, ours: Ours, teacher: Path
+) -> None:
+    iteration = ours.run(STUDENTS[family], layout, teacher)
+    names = ["embedding.word_embeddings.weight"] + ["output_layer.weight"] * (family == "llama")
+    for name in names:
+        assert iteration.weights[name].shape[0] == rows  # 61 ids, a multiple of 24 x TP
+        assert iteration.weights[name][VOCABULARY:72].abs().min() > 0  # they would have logits
+        assert not iteration.gradients[name][VOCABULARY:].any()
+        assert iteration.gradients[name][:VOCABULARY].any(dim=1).sum() > 40
+
+
+def test_every_layout_starts_from_the_same_weights(ours: Ours, teacher: Path) -> None:
+    expected = ours.run(STUDENTS["gpt2"], "one-process", teacher).weights
+    for layout in LAYOUTS:
+        weights = ours.run(STUDENTS["gpt2"], layout, teacher).weights
+        assert weights.keys() == expected.keys()
+        for name, tensor in expected.items():
+            rows = VOCABULARY if "word_embeddings" in name else tensor.shape[0]
+            assert torch.equal(weights[name][:rows], tensor[:rows]), (layout, name)

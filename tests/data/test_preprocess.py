@@ -233,11 +233,11 @@ def test_a_full_disk_and_an_unwritable_place_are_one_line(
 def test_progress_lines_name_share_rate_and_time_left(
     tokenizer: Tokenizer, write_jsonl: WriteJsonl, tmp_path: Path
 ) -> None:
-    path = write_jsonl([{"text": "a"}] * 10)
+    paths = (write_jsonl([{"text": "a"}] * 10, "first"), write_jsonl([{"text": "b"}] * 5, "second"))
     lines: list[str] = []
-    preprocess(PreprocessSettings((path,), str(tmp_path / "out")), tokenizer, lines.append)
+    preprocess(PreprocessSettings(paths, str(tmp_path / "out")), tokenizer, lines.append)
     assert len(lines) == 1
-    for part in ("10 records", "100.0 %", "MB/s", "tokens/s", "ETA 0:00:00"):
+    for part in ("15 records", "100.0 %", "MB/s", "tokens/s", "ETA 0:00:00"):
         assert part in lines[0]
 
 

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from megatron_let.data import preprocess as preprocess_module
+from megatron_let.data.batch_encoders import BatchEncoder
 from megatron_let.data.indexed import check_indexed, read_document
 from megatron_let.data.manifest import Manifest, read_manifest, require_manifest_of
 from megatron_let.data.preprocess import PreprocessSettings, describe, preprocess
 from megatron_let.data.sources import LineBlock, read_blocks
-from megatron_let.data.tokenizers import BatchEncoder, NullTokenizer, Tokenizer, build_tokenizer
+from megatron_let.data.tokenizers import NullTokenizer, Tokenizer, build_tokenizer
 from megatron_let.errors import ConfigError, LetError
 
 WriteJsonl = Callable[..., str]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_let.data.batch_encoders import BatchEncoder
 from megatron_let.data.records import (
     NO_TOKENS,
     NOT_ENCODABLE,
@@ -19,7 +20,6 @@ from megatron_let.data.records import (
     utf8_size,
 )
 from megatron_let.data.sources import LineBlock, lines_of
-from megatron_let.data.tokenizers import BatchEncoder
 
 # array's own letters: it refuses an id that does not fit, where numpy 1 wraps it into another token.
 _ARRAY_TYPE = {"uint16": "H", "int32": "i"}

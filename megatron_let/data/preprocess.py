@@ -8,13 +8,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 from megatron_let import __version__
+from megatron_let.data.batch_encoders import BatchEncoder
 from megatron_let.data.encoding import EncodedBlock, EncodedKey, EncodingRules, encode_block
 from megatron_let.data.indexed import dtype_for_vocabulary
 from megatron_let.data.indexed_writer import IndexedWriter
 from megatron_let.data.manifest import Manifest, SourceFile, write_manifest
 from megatron_let.data.progress import ProgressMeter
 from megatron_let.data.sources import LineBlock, find_sources, read_blocks
-from megatron_let.data.tokenizers import BatchEncoder, Tokenizer
+from megatron_let.data.tokenizers import Tokenizer
 from megatron_let.data.workers import map_in_order
 from megatron_let.errors import ConfigError, LetError
 

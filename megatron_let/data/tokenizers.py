@@ -13,6 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let.data import hf_directory
+from megatron_let.data.batch_encoders import (
+    BackendEncoder,
+    BatchEncoder,
+    NullEncoder,
+    SentencePieceEncoder,
+    SlowHuggingFaceEncoder,
+)
 from megatron_let.data.fingerprint import document_special_ids, fingerprint_of, fingerprint_of_hf_tokenizer
 from megatron_let.errors import ConfigError
 
@@ -22,14 +29,6 @@ TOKENIZER_TYPES = ("HuggingFaceTokenizer", "GPT2BPETokenizer", *SENTENCEPIECE_TY
 # megatron.core's own mark for "no pad token in the data": no label equals it, so no loss is masked.
 NO_PAD = -1
 GPT2_END_OF_TEXT = "<|endoftext|>"
-
-
-class BatchEncoder(ABC):
-    """Turns texts into ids and nothing else: small enough to send to a worker process."""
-
-    @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text, without bos or eod. Raises ValueError for a text that has none."""
 
 
 class Tokenizer(ABC):
@@ -75,40 +74,6 @@ class Tokenizer(ABC):
                 ("eod", self.eod),
             ]
         )
-
-
-class BackendEncoder(BatchEncoder):
-    """Encodes with a `tokenizers.Tokenizer`: the Rust side of a fast tokenizer, without transformers."""
-
-    def __init__(self, backend: Any) -> None:
-        self.backend = backend
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """See BatchEncoder."""
-        # The fast variant leaves out character offsets.
-        return [item.ids for item in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def __getstate__(self) -> tuple[str, bool]:
-        """Pickle as JSON, which leaves out the one setting that is kept beside it."""
-        return self.backend.to_str(), self.backend.encode_special_tokens
-
-    def __setstate__(self, state: tuple[str, bool]) -> None:
-        """See __getstate__."""
-        from tokenizers import Tokenizer as Backend
-
-        self.backend = Backend.from_str(state[0])
-        self.backend.encode_special_tokens = state[1]
-
-
-class SlowHuggingFaceEncoder(BatchEncoder):
-    """Encodes with a transformers tokenizer written in Python."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """See BatchEncoder."""
-        return [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -158,22 +123,6 @@ class GPT2BPETokenizer(Tokenizer):
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
 
-class SentencePieceEncoder(BatchEncoder):
-    """Encodes with a SentencePiece model given as bytes; the processor is made again after unpickling."""
-
-    def __init__(self, model: bytes) -> None:
-        self.model = model
-        self.processor = _sentencepiece_processor(model)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """See BatchEncoder."""
-        return [self.processor.encode_as_ids(text) for text in texts]
-
-    def __reduce__(self) -> tuple[type[SentencePieceEncoder], tuple[bytes]]:
-        """Send the model's bytes only."""
-        return SentencePieceEncoder, (self.model,)
-
-
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece .model file; Megatron's three names for it give the same ids. eod is its eos."""
 
@@ -196,20 +145,6 @@ class SentencePieceTokenizer(Tokenizer):
     def detokenize(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
         return str(self._encoder.processor.decode_ids([int(token_id) for token_id in ids]))
-
-
-class NullEncoder(BatchEncoder):
-    """Reads ids written as decimal numbers between single spaces."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """See BatchEncoder."""
-        batch = [[int(number) for number in text.split(" ")] for text in texts]
-        if any(not 0 <= token_id < self.vocab_size for ids in batch for token_id in ids):
-            raise ValueError(f"a token id is outside 0..{self.vocab_size - 1}")
-        return batch
 
 
 class NullTokenizer(Tokenizer):
@@ -295,12 +230,6 @@ def _load_sentencepiece(model_file: str) -> SentencePieceEncoder:
         raise ConfigError(
             f"cannot load the SentencePiece model {model_file}: {hf_directory.first_line(error)}"
         ) from error
-
-
-def _sentencepiece_processor(model: bytes) -> Any:
-    from sentencepiece import SentencePieceProcessor
-
-    return SentencePieceProcessor(model_proto=model)
 
 
 def _given(value: str | None, flag: str, tokenizer_type: str) -> str:

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_let.data import records
+from megatron_let.data.batch_encoders import BackendEncoder, BatchEncoder
 from megatron_let.data.encoding import EncodedKey, EncodingRules, encode_block
 from megatron_let.data.sources import LineBlock
-from megatron_let.data.tokenizers import BackendEncoder, BatchEncoder, NullTokenizer
+from megatron_let.data.tokenizers import NullTokenizer
 
 RULES = EncodingRules(json_keys=("text",), dtype="uint16", append_eod=True, eod=0)
 

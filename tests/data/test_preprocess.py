@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from megatron_let.data import preprocess as preprocess_module
+from megatron_let.data.batch_encoders import BatchEncoder
 from megatron_let.data.indexed import check_indexed, read_document
 from megatron_let.data.manifest import Manifest, read_manifest, require_manifest_of
 from megatron_let.data.preprocess import PreprocessSettings, describe, preprocess
 from megatron_let.data.sources import LineBlock, read_blocks
-from megatron_let.data.tokenizers import BatchEncoder, NullTokenizer, Tokenizer, build_tokenizer
+from megatron_let.data.tokenizers import NullTokenizer, Tokenizer, build_tokenizer
 from megatron_let.errors import ConfigError, LetError
 
 WriteJsonl = Callable[..., str]
@@ -233,11 +234,11 @@ def test_a_full_disk_and_an_unwritable_place_are_one_line(
 def test_progress_lines_name_share_rate_and_time_left(
     tokenizer: Tokenizer, write_jsonl: WriteJsonl, tmp_path: Path
 ) -> None:
-    path = write_jsonl([{"text": "a"}] * 10)
+    paths = (write_jsonl([{"text": "a"}] * 10, "first"), write_jsonl([{"text": "b"}] * 5, "second"))
     lines: list[str] = []
-    preprocess(PreprocessSettings((path,), str(tmp_path / "out")), tokenizer, lines.append)
+    preprocess(PreprocessSettings(paths, str(tmp_path / "out")), tokenizer, lines.append)
     assert len(lines) == 1
-    for part in ("10 records", "100.0 %", "MB/s", "tokens/s", "ETA 0:00:00"):
+    for part in ("15 records", "100.0 %", "MB/s", "tokens/s", "ETA 0:00:00"):
         assert part in lines[0]
 
 

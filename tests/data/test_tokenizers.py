@@ -202,6 +202,24 @@ def test_unique_identifiers_follow_the_vocabulary_and_not_its_path(
     assert huggingface(tokenizer_directory).fingerprint in texts[0]
 
 
+def test_code_in_a_tokenizer_directory_is_never_run(tokenizer_directory: Path, tmp_path: Path) -> None:
+    remote = edited_directory(
+        tokenizer_directory,
+        tmp_path / "remote",
+        config_tokenizer_class="OwnTokenizer",
+        config_auto_map={"AutoTokenizer": [None, "own.OwnTokenizer"]},
+    )
+    mark = tmp_path / "was_run"
+    (remote / "own.py").write_text(
+        f"open({str(mark)!r}, 'w').close()\n"
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    with pytest.raises(ConfigError, match="cannot load the tokenizer in"):
+        huggingface(remote)
+    assert not mark.exists()
+
+
 def test_each_mistake_is_named_in_one_line(
     backend: Any, tokenizer_directory: Path, sentencepiece_model: Path, tmp_path: Path
 ) -> None:
@@ -209,12 +227,6 @@ def test_each_mistake_is_named_in_one_line(
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "tokenizer.json").write_text("{")
     no_eos = edited_directory(tokenizer_directory, tmp_path / "no_eos", config_eos_token=None)
-    remote = edited_directory(
-        tokenizer_directory,
-        tmp_path / "remote",
-        config_tokenizer_class="Own",
-        config_auto_map={"AutoTokenizer": [None, "own.OwnTokenizer"]},
-    )
     vocab_file, _ = save_gpt2_files(backend, tmp_path)
     Path(tmp_path / "no_end.json").write_text(json.dumps({"a": 0}))
     (tmp_path / "no_merges.txt").write_text("#version: 0.2\n")
@@ -226,7 +238,6 @@ def test_each_mistake_is_named_in_one_line(
         (with_model("HuggingFaceTokenizer", tmp_path / "empty"), "no tokenizer in directory"),
         (with_model("HuggingFaceTokenizer", tmp_path / "broken"), "cannot load the tokenizer in"),
         (with_model("HuggingFaceTokenizer", no_eos), "has no eos token"),
-        (with_model("HuggingFaceTokenizer", remote), "cannot load the tokenizer in"),
         (with_model("HuggingFaceTokenizer", sentencepiece_model), "is a file: HuggingFaceTokenizer takes"),
         (with_model("Llama2Tokenizer", tokenizer_directory), "is not a file"),
         (

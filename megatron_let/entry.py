@@ -50,9 +50,9 @@ class RunReport:
     def saves_to(self, directory: str | os.PathLike[str]) -> None:
         """Note where `exit_status.json` belongs, and drop the one of an earlier run (rank 0)."""
         self.save_directory = os.fspath(directory)
+        announce_save_directory(directory)
         if _rank() == 0:
             clear_exit_status(directory)
-            announce_save_directory(directory)
 
 
 def run_main(main: Callable[[RunReport], int]) -> int:

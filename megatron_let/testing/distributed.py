@@ -41,6 +41,7 @@ DEFAULT_TIMEOUT = 120.0
 # Once a rank has failed, its peers get this long to report their own end: enough for a "connection closed" to
 # arrive, short beside a hang.
 FAILURE_GRACE = 2.0
+ALL_DONE = b"all done"
 NEVER = float("inf")
 _SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -74,8 +75,8 @@ class RankPool:
     ) -> None:
         """Make an empty pool; workers start when a case needs them.
 
-        `environment` is added to that of the workers; `after_each` runs on every rank after each case, with the
-        process group still there, to take down what the case left (model-parallel state).
+        `environment` is added to that of the workers; `after_each` runs on every rank after each case that went
+        well, with the process group still there, to take down what it left (model-parallel state).
         """
         self.max_world_size = max_world_size
         self._environment = {**_SINGLE_THREAD, **(environment or {})}
@@ -137,6 +138,8 @@ class RankPool:
         if any(outcome.failure is not None for outcome in outcomes):
             self.close()
             raise _error_of(outcomes, timeout)
+        for worker in workers:
+            worker.pipe.send_bytes(ALL_DONE)
         return [outcome.value for outcome in outcomes]
 
     def pids(self) -> list[int]:

@@ -10,8 +10,8 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -50,16 +50,8 @@ class Outcome:
     failed_at: float = 0.0
 
 
-class _FailedError(Exception):
-    """Carries an exception's traceback and time past the taking down of the process group."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.outcome = Outcome(failure=traceback.format_exc(), failed_at=time.monotonic())
-
-
 def serve(pipe: Connection, parent_pid: int, stack_file: str) -> None:
-    """Run cases until the pipe closes; each answer is a pickled `Outcome`."""
+    """Take part in cases until the pipe closes; each answer is a pickled `Outcome`."""
     die_with_parent(parent_pid)
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
@@ -70,57 +62,62 @@ def serve(pipe: Connection, parent_pid: int, stack_file: str) -> None:
     with Path(stack_file).open("w") as stacks:
         if hasattr(signal, "SIGUSR1"):
             faulthandler.register(signal.SIGUSR1, file=stacks)
-        while True:
-            try:
-                case: Case = pickle.loads(pipe.recv_bytes())
-            except EOFError:
-                return
-            pipe.send_bytes(_answer(case))
+        with suppress(EOFError):  # the pipe closed: the pool has ended
+            while True:
+                _take_part(pipe, pickle.loads(pipe.recv_bytes()))
 
 
-def _answer(case: Case) -> bytes:
-    """Run one case and return what goes back through the pipe; nothing it raises ends the worker."""
-    try:
-        with _surroundings(case):
+def _take_part(pipe: Connection, case: Case) -> None:
+    """Be one rank of a case: send back what came of it, and leave its process group when all ranks are done."""
+    with _surroundings(case):
+        outcome = _outcome_of(case)
+        try:
             # Plain pickle: torch's own pickling for pipes shares memory by descriptor, which dies with the worker.
-            return pickle.dumps(Outcome(_call(case)))
-    except _FailedError as error:
-        return pickle.dumps(error.outcome)
-    except BaseException:
-        return pickle.dumps(_FailedError().outcome)
+            answer = pickle.dumps(outcome)
+        except Exception:
+            outcome = _failure()
+            answer = pickle.dumps(outcome)
+        pipe.send_bytes(answer)
+        if outcome.failure is None:
+            pipe.recv_bytes()  # a rank that is done early must not close what a peer still reads
+        _leave()
 
 
-def _call(case: Case) -> Any:
-    """Be one rank: make the process group, call the function, take the group down."""
+def _outcome_of(case: Case) -> Outcome:
+    """Make the process group, call the function, then the clean-up, and return what came of it."""
     import torch
 
-    function, args, after_each = pickle.loads(case.call)
-    if case.store_file is not None:
-        torch.distributed.init_process_group(
-            "gloo",
-            init_method=f"file://{case.store_file}",
-            rank=case.rank,
-            world_size=case.world_size,
-            timeout=timedelta(seconds=case.timeout),
-        )
     try:
-        return _then(function, args, after_each)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        torch.set_default_dtype(torch.float32)
-        torch.set_grad_enabled(True)
-
-
-def _then(function: Callable[..., Any], args: tuple[Any, ...], after_each: Callable[[], None] | None) -> Any:
-    """Call the function, then the clean-up, whatever the function did."""
-    try:
-        return function(*args)
-    except BaseException:
-        raise _FailedError from None
-    finally:
+        function, args, after_each = pickle.loads(case.call)
+        if case.store_file is not None:
+            torch.distributed.init_process_group(
+                "gloo",
+                init_method=f"file://{case.store_file}",
+                rank=case.rank,
+                world_size=case.world_size,
+                timeout=timedelta(seconds=case.timeout),
+            )
+        outcome = Outcome(function(*args))
         if after_each is not None:
             after_each()
+    except BaseException:
+        return _failure()
+    return outcome
+
+
+def _failure() -> Outcome:
+    """Return the outcome for the exception being handled."""
+    return Outcome(failure=traceback.format_exc(), failed_at=time.monotonic())
+
+
+def _leave() -> None:
+    """Take down the process group, and torch's settings that a case may have changed."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
 
 
 @contextmanager

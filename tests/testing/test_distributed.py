@@ -53,6 +53,11 @@ def hang_here() -> None:
     time.sleep(600)
 
 
+def return_a_function() -> object:
+    """Return what cannot travel."""
+    return lambda: None
+
+
 def environment_of(names: tuple[str, ...]) -> dict[str, str | None]:
     """Return some environment variables, and leave one behind."""
     os.environ["LEFT_BEHIND"] = "yes"
@@ -162,6 +167,11 @@ def test_an_exception_on_one_rank_comes_back_first_and_nobody_hangs(fragile: Ran
     assert time.monotonic() - started < 30  # two imports of torch, and the grace
 
 
+def test_a_result_that_cannot_travel_is_a_failure(fragile: RankPool) -> None:
+    with pytest.raises(RankError, match=r"(?i)can't (get|pickle) local object"):
+        fragile.run(1, return_a_function)
+
+
 def test_a_dead_worker_is_a_failure_and_ends_the_pool(fragile: RankPool) -> None:
     first = [pid for _, pid, _ in fragile.run(2, sum_of_ranks, 1.0)]
     with pytest.raises(RankError, match="died with exit code 7"):
@@ -171,10 +181,10 @@ def test_a_dead_worker_is_a_failure_and_ends_the_pool(fragile: RankPool) -> None
 
 
 def test_a_case_past_its_time_says_where_it_stood(fragile: RankPool) -> None:
-    assert fragile.run(2, left_behind) == [None, None]  # starts afresh after the failure of the test before
+    assert fragile.run(1, left_behind) == [None]  # starts afresh after the failure of the test before
     started = time.monotonic()
     with pytest.raises(RankTimeoutError, match=r"(?s)not done after 0.5 s.*hang_here"):
-        fragile.run(2, hang_here, timeout=0.5)
+        fragile.run(1, hang_here, timeout=0.5)
     assert time.monotonic() - started < 10
     assert fragile.pids() == []
 

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_let.config.derive import resolve
 from megatron_let.data.indexed_writer import IndexedWriter
+from megatron_let.errors import ConfigError
 from megatron_let.mcore.parallel import parallel_context
 from megatron_let.training.arguments import parse_arguments
 from megatron_let.training.build import build_trainer
@@ -89,6 +90,15 @@ def train(argv: Sequence[str], *, stop: StopRequest | None = None) -> int:
     config = resolve(parse_arguments(list(argv)), int(os.environ.get("WORLD_SIZE", "1")))
     with parallel_context(config) as context:
         return build_trainer(config, context, stop or StopRequest()).fit()
+
+
+def refusal(argv: Sequence[str]) -> str | None:
+    """Return the message with which this rank refuses to run, or None when it trained."""
+    try:
+        train(argv)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def metrics_rows(directory: Path) -> list[dict[str, Any]]:

@@ -29,7 +29,11 @@ def main(report: RunReport) -> int:
         stop_on_signal(is_on=config.training.exit_signal_handler) as stop,
         parallel_context(config) as context,
     ):
-        return build_trainer(config, context, stop).fit()
+        trainer = build_trainer(config, context, stop)
+        try:
+            return trainer.fit()
+        finally:
+            report.iteration = trainer.state.iteration
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import queue
 import random
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import (
@@ -28,6 +31,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_let.errors import ConfigError
 from megatron_let.mcore.model import Student
@@ -101,6 +105,21 @@ def load_content(directory: Path, parts: Parts, context: ParallelContext) -> Non
         load_optimizer(parts.optimizer, loaded["optimizer"])
     if parts.with_rng:
         _set_rng_state(loaded["rng_state"][0])
+
+
+def stored_entries(directory: Path) -> dict[str, TensorStorageMetadata]:
+    """Return name -> shape and type of every tensor in a checkpoint; layers are stacked along a first dimension."""
+    entries = dcp.FileSystemReader(str(directory)).read_metadata().state_dict_metadata
+    return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def read_tensors(directory: Path, entries: Mapping[str, TensorStorageMetadata]) -> dict[str, torch.Tensor]:
+    """Read these tensors whole, on this rank alone: no communication, whatever layout wrote them."""
+    wanted = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as intended
+        dcp.load(wanted, storage_reader=dcp.FileSystemReader(str(directory)), no_dist=True)
+    return wanted
 
 
 def _sharded_parts(

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_let.config.run_config import RunConfig
 from megatron_let.errors import ConfigError
+from megatron_let.mcore.checkpoint import read_tensors, stored_entries
 from megatron_let.mcore.model import build_gpt
 from megatron_let.mcore.settings import CORE_SECTIONS
 from megatron_let.mcore.transformer_config import build_transformer_config
@@ -84,13 +84,12 @@ def load_frozen_gpt(
             f"--let-teacher-layer {layer}: the teacher in {directory} has layers 1 to {num_layers}"
         )
     built = num_layers if layer is None else layer
-    reader = dcp.FileSystemReader(str(directory))
-    stored = reader.read_metadata().state_dict_metadata
+    stored = stored_entries(directory)
     embedding = stored.get(_EMBEDDING)
-    if not isinstance(embedding, TensorStorageMetadata):
+    if embedding is None:
         raise ConfigError(f"checkpoint {directory} holds no {_EMBEDDING}: it is not a GPT checkpoint")
     model = _build_alone(config, built, padded_vocab_size=int(embedding.size[0]), dtype=dtype, device=device)
-    weights = _read(reader, stored, directory, names=_stored_names(model))
+    weights = _read(stored, directory, names=_stored_names(model))
     model.load_state_dict(_to_module_names(model, weights), strict=True)
     model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     has_positions = config.model.position_embedding_type == "learned_absolute"
@@ -163,16 +162,12 @@ def _stored_names(model: GPTModel) -> dict[str, str]:
 
 
 def _read(
-    reader: dcp.FileSystemReader, stored: Mapping[str, Any], directory: Path, *, names: Mapping[str, str]
+    stored: Mapping[str, TensorStorageMetadata], directory: Path, *, names: Mapping[str, str]
 ) -> dict[str, torch.Tensor]:
-    wanted: dict[str, torch.Tensor] = {}
-    for name in sorted(set(names.values())):
-        entry = stored.get(name)
-        if not isinstance(entry, TensorStorageMetadata):
-            raise ConfigError(f"checkpoint {directory} lacks the tensor {name}")
-        wanted[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    dcp.load(wanted, storage_reader=reader, no_dist=True)
-    return wanted
+    missing = sorted(set(names.values()) - stored.keys())
+    if missing:
+        raise ConfigError(f"checkpoint {directory} lacks the tensor {missing[0]}")
+    return read_tensors(directory, {name: stored[name] for name in sorted(set(names.values()))})
 
 
 def _to_module_names(model: GPTModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

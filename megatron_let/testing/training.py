@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_let.config.derive import resolve
 from megatron_let.data.indexed_writer import IndexedWriter
 from megatron_let.errors import ConfigError
+from megatron_let.mcore.checkpoint import read_tensors, stored_entries
 from megatron_let.mcore.parallel import parallel_context
 from megatron_let.training.arguments import parse_arguments
 from megatron_let.training.build import build_trainer
@@ -111,17 +110,9 @@ def training_rows(directory: Path) -> list[dict[str, Any]]:
     return [row for row in metrics_rows(directory) if "lm_loss" in row]
 
 
-def stored_tensors(directory: Path, *, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Return every tensor of a checkpoint whose name starts with `prefix`, whole, whatever layout wrote it."""
-    reader = dcp.FileSystemReader(str(directory))
-    entries = reader.read_metadata().state_dict_metadata
-    wanted = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
-    dcp.load(wanted, storage_reader=reader, no_dist=True)
-    return wanted
+def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor of a checkpoint, whole, whatever layout wrote it."""
+    return read_tensors(directory, stored_entries(directory))
 
 
 def model_tensors(directory: Path) -> dict[str, torch.Tensor]:

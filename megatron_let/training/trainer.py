@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron_let.config.batches import BatchPlan
 from megatron_let.config.run_config import RunConfig
 from megatron_let.errors import EXIT_DONE, EXIT_PREEMPTED
@@ -115,7 +117,9 @@ class Trainer:
         )
         if run.alignment is not None:
             run.alignment.end_iteration()
+        self._empty_unused_memory(at_level=1)
         is_updated, grad_norm, _ = optimizer.step()
+        self._empty_unused_memory(at_level=2)
         if is_updated:
             scheduler.step(increment=batch_size)
         else:
@@ -128,6 +132,10 @@ class Trainer:
         self._interval.add(
             [report[LM_LOSS] for report in reports], grad_norm, is_updated, batch_size, seconds
         )
+
+    def _empty_unused_memory(self, *, at_level: int) -> None:
+        if self.run.context.is_on_gpu and self.run.config.training.empty_unused_memory_level >= at_level:
+            torch.cuda.empty_cache()
 
     def _after_iteration(self) -> None:
         config, iteration = self.run.config, self.state.iteration

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -164,7 +165,7 @@ def _write_report(settings: Settings, steps: Sequence[Step], output: Path, num_r
         teacher_seconds=teacher[-1].seconds,
         step_seconds={step.title: float(step.stamp()["seconds"]) for step in steps},
         settings={"Teacher": settings.teacher, "Student": settings.student, "LET": settings.let},
-        commands=[" ".join(("python", *command)) for step in steps for command in step.commands],
+        commands=[shlex.join(("python", *command)) for step in steps for command in step.commands],
         notes=settings.notes,
     )
     draw(plain, let, stop_iteration, ROOT / output / "loss.png")

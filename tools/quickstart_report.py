@@ -157,6 +157,7 @@ def render_report(
     lines += [*_times(plain, let, facts), "", "## What this shows and what it does not", ""]
     lines += [*_limits(plain, let, facts), "", "## Settings", "", *_settings(facts)]
     lines += ["## Commands", "", "From the repository, one after the other:", "", "```bash"]
+    lines += ["export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1"]
     return "\n".join([*lines, *facts.commands, "```"]) + "\n"
 
 
@@ -193,7 +194,8 @@ def _limits(plain: Sequence[Point], let: Sequence[Point], facts: Facts) -> list[
         "One seed, one model shape, minutes of training: the two runs end far from convergence, and both final losses "
         "and the figure above move with the seed. The figure says how much sooner this student passes one loss with "
         "this teacher; it does not say how much LET gains at a size where pretraining costs money, nor what the "
-        "student can do afterwards.",
+        "student can do afterwards. The share of time is measured in two runs, one after the other: other work on the "
+        "machine moves it, while the share of iterations stays.",
     ]
     if crossing is None:
         paragraphs.append("Here LET did not reach plain's final loss, so there is no speed-up to report.")
@@ -243,6 +245,7 @@ def draw(plain: Sequence[Point], let: Sequence[Point], stop_iteration: int, path
                 [x], [target], marker="o", color="tab:red", linestyle="none", label=f"LET is there: {x:.0f}"
             )
         axes.set_xlabel(label)
+        axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.axes[0].set_ylabel("validation loss")

@@ -7,13 +7,13 @@ GPU is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 # Megatron's optimizer and gradient clipping recognise supported parameters by these strings.
 CUDA_TYPE_NAMES = {
@@ -23,27 +23,31 @@ CUDA_TYPE_NAMES = {
 }
 
 
-class _CudaCallsOnCpu(TorchFunctionMode):
-    """Answer tensor calls that name the CUDA device with the CPU."""
+# What megatron-core calls with device="cuda". Each is replaced by name: a mode that looks at every call of torch costs
+# a small model a tenth of its speed.
+_FACTORIES = ("arange", "empty", "full", "ones", "tensor", "zeros")
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Any = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if kwargs:
-            device = kwargs.get("device")
-            if device is not None and torch.device(device).type == "cuda":
-                kwargs = {**kwargs, "device": "cpu"}
-            return func(*args, **kwargs)
-        if func is torch.Tensor.type and len(args) == 1:
-            name = func(*args)
-            return CUDA_TYPE_NAMES.get(name, name)
-        return func(*args)
+
+def _on_cpu(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return `function` with the CPU for a `device` that is CUDA."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _tensor_type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    answer = torch._C.TensorBase.type(tensor, *args, **kwargs)
+    return CUDA_TYPE_NAMES.get(answer, answer) if isinstance(answer, str) else answer
+
+
+def _same_tensor(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return tensor
 
 
 def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
@@ -78,9 +82,12 @@ def cpu_backend() -> Iterator[None]:
         (torch.cuda, "manual_seed", lambda seed: torch.manual_seed(seed)),
         (torch.cuda, "synchronize", _do_nothing),
         (mcore_random, "_set_cuda_rng_state", _set_rng_state),
+        (torch.Tensor, "type", _tensor_type),
+        (torch.Tensor, "cuda", _same_tensor),
+        (torch.Tensor, "to", _on_cpu(torch.Tensor.to)),
+        *((torch, name, _on_cpu(getattr(torch, name))) for name in _FACTORIES),
     ]
     with ExitStack() as stack:
         for owner, name, value in replacements:
             stack.enter_context(patch.object(owner, name, value))
-        stack.enter_context(_CudaCallsOnCpu())
         yield

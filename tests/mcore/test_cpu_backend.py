@@ -83,6 +83,12 @@ def test_tensors_call_themselves_what_the_optimizer_looks_for(dtype: torch.dtype
         assert torch.zeros(1, dtype=dtype).type(torch.float64).dtype is torch.float64
 
 
+def test_ordinary_calls_take_no_detour() -> None:
+    with cpu_backend():
+        assert _get_current_function_mode_stack() == []
+        assert torch.Tensor.matmul is torch._C.TensorBase.matmul
+
+
 def test_the_cuda_generator_is_the_cpu_generator() -> None:
     state = torch.get_rng_state()
     try:

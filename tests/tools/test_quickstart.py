@@ -1,0 +1,396 @@
+"""The quickstart: its figures by hand, its bookkeeping, its children's ends, and all of it once at a tiny size."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import quickstart
+import torch.distributed.checkpoint as dcp
+from quickstart_child import (
+    ChildFailed,
+    LogWatch,
+    PlannedStep,
+    ProgressLine,
+    Status,
+    TrainingWatch,
+    run_child,
+)
+from quickstart_report import (
+    Crossing,
+    Point,
+    draw,
+    find_crossing,
+    loss_table,
+    read_curve,
+    step_times,
+    transformer_parameters,
+    verdict,
+)
+from quickstart_steps import Step, build_steps, read_settings
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_let.errors import EXIT_BAD_CONFIGURATION, EXIT_DONE, ConfigError
+from megatron_let.training.arguments import parse_arguments
+
+ROOT = Path(__file__).resolve().parents[2]
+VARIANTS = ("full", "fast")
+
+
+def curve(*losses: float) -> list[Point]:
+    """Return validations every 10 iterations that take 2 seconds."""
+    return [Point(10 * i, 2.0 * i, loss) for i, loss in enumerate(losses, start=1)]
+
+
+def test_a_crossing_lies_on_the_line_between_two_validations() -> None:
+    assert find_crossing(curve(5.0, 4.0, 3.0), 3.75) == Crossing(iteration=22.5, seconds=4.5)
+
+
+def test_a_loss_met_exactly_counts_at_its_validation() -> None:
+    assert find_crossing(curve(5.0, 4.0, 3.0), 4.0) == Crossing(iteration=20.0, seconds=4.0)
+
+
+def test_a_loss_below_the_whole_curve_is_not_reached() -> None:
+    assert find_crossing(curve(5.0, 4.0, 3.0), 2.9) is None
+
+
+def test_a_loss_reached_at_the_first_validation_is_reached_there() -> None:
+    assert find_crossing(curve(5.0, 4.0), 6.0) == Crossing(iteration=10.0, seconds=2.0)
+
+
+def test_a_curve_that_comes_down_goes_up_and_comes_down_again_crosses_the_first_time() -> None:
+    assert find_crossing(curve(5.0, 3.0, 4.5, 2.0), 4.0) == Crossing(iteration=15.0, seconds=3.0)
+
+
+def test_a_curve_that_is_no_number_reaches_nothing() -> None:
+    assert find_crossing(curve(float("nan"), float("nan")), 4.0) is None
+
+
+def test_the_last_line_gives_iterations_and_time_as_shares_of_plains() -> None:
+    let = [Point(10, 4.0, 3.5), Point(20, 9.0, 2.0)]  # reaches 3.0 a third of the way from 10 to 20
+    line = verdict(curve(5.0, 4.0, 3.5, 3.0), let)
+    assert line == (
+        "LET reaches plain's final validation loss in 33.3% of its iterations and 70.8% of its time"
+    )
+
+
+def test_the_last_line_says_so_when_plain_is_not_reached() -> None:
+    line = verdict(curve(5.0, 3.0), curve(5.0, 3.25))
+    assert line == "LET does not reach plain's final validation loss (LET 3.250, plain 3.000)"
+
+
+def test_validations_are_read_in_order_and_a_repeated_one_counts_once() -> None:
+    rows: list[dict[str, Any]] = [
+        {"iteration": 20, "validation_lm_loss": 3.0, "elapsed_seconds": 4.0},
+        {"iteration": 10, "lm_loss": 5.0, "elapsed_seconds": 2.0},
+        {"iteration": 10, "validation_lm_loss": 4.0, "elapsed_seconds": 2.0},
+        {"iteration": 20, "validation_lm_loss": 3.5, "elapsed_seconds": 4.5},
+    ]
+    assert read_curve(rows) == [Point(10, 2.0, 4.0), Point(20, 4.5, 3.5)]
+
+
+def test_the_table_has_a_row_for_each_validation_of_either_run() -> None:
+    assert loss_table(curve(5.0, 4.0), [Point(20, 4.0, 3.5), Point(25, 5.0, 3.0)])[2:] == [
+        "| 10 | 5.000 |  |  |",
+        "| 20 | 4.000 | 3.500 | +0.500 |",
+        "| 25 |  | 3.000 |  |",
+    ]
+
+
+def test_step_times_keep_the_iterations_with_and_without_teacher_apart() -> None:
+    def row(milliseconds: float, cosine: float | None) -> dict[str, Any]:
+        return {"lm_loss": 3.0, "iteration_ms": milliseconds, "let_cosine": cosine}
+
+    plain = [row(900.0, None), row(100.0, None), row(102.0, None), {"validation_lm_loss": 3.0}]
+    let = [row(900.0, 0.1), row(110.0, 0.5), row(400.0, None), row(101.0, None)]
+    times = step_times(plain, let)
+    assert (times.plain, times.with_teacher, times.after_teacher) == (101.0, 110.0, 101.0)
+    assert step_times(plain, let[:2]).after_teacher is None
+
+
+def test_the_picture_can_be_drawn_with_and_without_a_crossing(tmp_path: Path) -> None:
+    for name, let in (("crosses.png", curve(4.0, 3.0, 2.0)), ("not.png", curve(6.0, 6.0, 6.0))):
+        draw(curve(5.0, 4.0, 3.0), let, 20, tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_shipped_settings_can_be_trained_and_reported(variant: str) -> None:
+    directory = ROOT / "scripts" / "quickstart" / variant
+    settings = read_settings(directory)  # checks that the student is 8 times as large
+    configs = [
+        parse_arguments(["--config", str(directory / f"{name}.yaml")]) for name in ("teacher", "student")
+    ]
+    teacher, student = configs
+    assert teacher.model.seq_length == student.model.seq_length
+    assert student.validation.eval_interval is not None
+    assert student.training.train_iters is not None
+    assert 15 <= student.training.train_iters / student.validation.eval_interval <= 25
+    assert 1 <= settings.let["let_stop_iters"] <= student.training.train_iters
+    # An interval with and without teacher would blur the step times.
+    assert settings.let["let_stop_iters"] % student.logging.log_interval == 0
+    assert settings.let["let_student_layer"] <= student.transformer.num_layers
+    parse_arguments(
+        [word for step in build_steps(settings, Path("out"), 2)[5:] for word in step.commands[0][5:]]
+    )
+
+
+def test_a_student_too_small_for_its_teacher_is_refused(tiny: Path) -> None:
+    (tiny / "student.yaml").write_text((tiny / "teacher.yaml").read_text())
+    with pytest.raises(
+        ConfigError, match=r"1\.0 times the teacher's transformer parameters; make it at least 8"
+    ):
+        read_settings(tiny)
+
+
+def plan(*expected: float) -> ProgressLine:
+    """Return a progress line over steps that are expected to take so many seconds."""
+    steps = [
+        PlannedStep(number, f"step {number}", seconds) for number, seconds in enumerate(expected, start=1)
+    ]
+    return ProgressLine(steps, len(steps), io.StringIO())
+
+
+def test_the_time_left_starts_from_the_expectations() -> None:
+    progress = plan(100.0, 50.0, 25.0)
+    assert progress.seconds_left(None, progress._started) == 175.0
+
+
+def test_the_time_left_of_later_steps_follows_the_pace_of_this_one() -> None:
+    progress = plan(100.0, 50.0, 25.0)
+    # 40 s gone and 160 s to go: twice the expectation, so the later steps count twice.
+    assert progress.seconds_left(160.0, progress._started + 40.0) == pytest.approx(160.0 + 150.0)
+
+
+def test_training_progress_is_read_off_the_metrics_file_whose_last_line_is_torn(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    watch = TrainingWatch(metrics, 100)
+    assert watch() == Status("starting")
+    rows = [
+        {"iteration": 20, "lm_loss": 4.5, "iteration_ms": 250.0},
+        {"iteration": 20, "validation_lm_loss": 4.25},
+    ]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"iteration": 30, "lm_')
+    status = watch()
+    assert status.text == "iteration 20/100, loss 4.500, validation 4.250"
+    assert status.seconds_left == pytest.approx(20.0)  # 80 iterations of 250 ms
+
+
+def child(code: str, log: Path, progress: ProgressLine) -> None:
+    """Run a line of Python as a step's program."""
+    command = (sys.executable, "-c", code)
+    run_child(
+        command, cwd=log.parent, environment=dict(os.environ), log=log, watch=LogWatch(log), progress=progress
+    )
+
+
+def test_a_failing_child_shows_its_last_lines_and_its_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ChildFailed, match="'step 1' ended with exit code 7") as failure:
+        child("print('first'); print('the reason'); raise SystemExit(7)", tmp_path / "log", plan(1.0))
+    assert failure.value.exit_code == 7
+    assert "the reason" in capsys.readouterr().err
+
+
+def test_a_child_killed_by_a_signal_gives_the_shells_exit_code(tmp_path: Path) -> None:
+    with pytest.raises(ChildFailed) as failure:
+        child("import os; os.kill(os.getpid(), 9)", tmp_path / "log", plan(1.0))
+    assert failure.value.exit_code == 128 + signal.SIGKILL
+
+
+def test_an_interrupt_lets_the_child_save_and_then_ends(tmp_path: Path) -> None:
+    saving = (
+        "import pathlib, signal, sys, time\n"
+        "def save(*_): pathlib.Path('saved').touch(); sys.exit(3)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "pathlib.Path('ready').touch()\n"
+        "time.sleep(60)\n"
+    )
+
+    def interrupt_when_ready() -> Status:
+        if (tmp_path / "ready").exists():
+            raise KeyboardInterrupt
+        return Status("")
+
+    with pytest.raises(KeyboardInterrupt):
+        run_child(
+            (sys.executable, "-c", saving),
+            cwd=tmp_path,
+            environment=dict(os.environ),
+            log=tmp_path / "log",
+            watch=interrupt_when_ready,
+            progress=plan(1.0),
+        )
+    assert (tmp_path / "saved").exists()
+
+
+def steps_of(tiny: Path, output: Path) -> dict[str, Step]:
+    """Return the steps of the tiny settings by name."""
+    return {step.name: step for step in build_steps(read_settings(tiny), output, 1)}
+
+
+def replace_in(path: Path, old: str, new: str) -> None:
+    """Change a settings file."""
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "redone"),
+    [
+        ("teacher.yaml", "lr: 0.01", "lr: 0.02", {"teacher", "let"}),
+        ("student.yaml", "lr: 0.01", "lr: 0.02", {"plain", "let"}),
+        ("quickstart.yaml", "let_weight: 1", "let_weight: 2", {"let"}),
+        (
+            "quickstart.yaml",
+            "vocab_size: 300",
+            "vocab_size: 310",
+            {"tokenizer", "data", "teacher", "plain", "let"},
+        ),
+        ("quickstart.yaml", "corpus: 1", "corpus: 2", set()),
+    ],
+)
+def test_a_changed_setting_changes_the_steps_that_it_goes_into(
+    tiny: Path, tmp_path: Path, file: str, old: str, new: str, redone: set[str]
+) -> None:
+    before = {name: step.key() for name, step in steps_of(tiny, tmp_path).items()}
+    replace_in(tiny / file, old, new)
+    after = {name: step.key() for name, step in steps_of(tiny, tmp_path).items()}
+    assert {name for name in after if after[name] != before[name]} == redone
+
+
+def test_only_a_training_run_is_kept_when_it_was_interrupted(tiny: Path, tmp_path: Path) -> None:
+    steps = steps_of(tiny, tmp_path)
+    for name in ("tokenizer", "plain"):
+        steps[name].directory.mkdir()
+        steps[name].write_stamp(seconds=1.0, is_done=False)
+        quickstart._clear_what_is_stale(steps[name])
+    assert not steps["tokenizer"].directory.exists()
+    assert steps["plain"].directory.exists()
+    replace_in(tiny / "student.yaml", "lr: 0.01", "lr: 0.02")
+    quickstart._clear_what_is_stale(steps_of(tiny, tmp_path)["plain"])
+    assert not steps["plain"].directory.exists()
+
+
+def test_a_directory_that_is_not_ours_is_left_alone(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "precious").touch()
+    code = quickstart.main(["--settings", str(tiny), "--output", str(tmp_path)])
+    assert code == EXIT_BAD_CONFIGURATION
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'data'} exists and is not from a quickstart; choose another --output\n"
+    )
+    assert (tmp_path / "data" / "precious").exists()
+
+
+def test_two_quickstarts_keep_out_of_each_others_directory(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with quickstart.only_one(tmp_path):
+        assert quickstart.main(["--settings", str(tiny), "--output", str(tmp_path)]) == EXIT_BAD_CONFIGURATION
+    assert "a quickstart is at work in" in capsys.readouterr().err
+
+
+MODEL = """
+num-layers: {layers}
+hidden-size: {hidden}
+ffn-hidden-size: {hidden}
+num-attention-heads: 2
+seq-length: 32
+position-embedding-type: rope
+normalization: RMSNorm
+swiglu: true
+disable-bias-linear: true
+untie-embeddings-and-output-weights: true
+hidden-dropout: 0
+attention-dropout: 0
+train-iters: 6
+micro-batch-size: 2
+global-batch-size: 2
+lr: 0.01
+lr-decay-style: cosine
+num-workers: 0
+log-interval: 2
+eval-interval: 2
+eval-iters: 2
+exit-signal-handler: true
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return settings of a job of seconds over made-up source files."""
+    directory = tmp_path_factory.mktemp("settings")
+    source = directory / "source"
+    source.mkdir()
+    for index in range(60):
+        lines = [
+            f"def function_{index}_{line}(argument):\n    return argument + {line}\n" for line in range(20)
+        ]
+        (source / f"module_{index}.py").write_text("".join(lines))
+    (directory / "teacher.yaml").write_text(MODEL.format(layers=1, hidden=16))
+    (directory / "student.yaml").write_text(MODEL.format(layers=2, hidden=48))
+    (directory / "quickstart.yaml").write_text(
+        f"vocab_size: 300\nsource_dir: {source}\n"
+        "let:\n  let_student_layer: 1\n  let_weight: 1\n  let_stop_iters: 4\n"
+        "expected_seconds:\n  corpus: 1\n"
+    )
+    return directory
+
+
+def test_the_whole_job_leaves_report_and_picture_and_a_second_call_starts_nothing(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--settings", str(tiny), "--output", str(tmp_path), "--ranks", "1"]
+    assert quickstart.main(arguments) == EXIT_DONE
+    first = capsys.readouterr().out.splitlines()
+    assert first[-1].startswith("LET ")
+    assert "plain's final validation loss" in first[-1]
+    report = (tmp_path / "report.md").read_text()
+    assert first[-1] in report
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    settings = read_settings(tiny)
+    for name, values in (
+        ("teacher", settings.teacher),
+        ("plain", settings.student),
+        ("let", settings.student),
+    ):
+        assert _stored_transformer_parameters(tmp_path / name / "iter_0000006") == transformer_parameters(
+            values
+        )
+        assert (tmp_path / "logs" / f"{name}.log").exists()
+    assert [row["iteration"] for row in _rows(tmp_path / "let") if row.get("let_cosine") is not None] == [
+        2,
+        4,
+    ]
+    assert [point.iteration for point in read_curve(_rows(tmp_path / "plain"))] == [2, 4, 6]
+
+    monkeypatch.setattr(quickstart, "run_child", _must_not_run)
+    assert quickstart.main(arguments) == EXIT_DONE
+    assert capsys.readouterr().out.splitlines()[-1] == first[-1]
+
+
+def _must_not_run(*_: object, **__: object) -> None:
+    raise AssertionError("a child was started")
+
+
+def _stored_transformer_parameters(checkpoint: Path) -> int:
+    entries = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+    return sum(
+        entry.size.numel()
+        for name, entry in entries.items()
+        if name.startswith("decoder.layers.") and isinstance(entry, TensorStorageMetadata)
+    )
+
+
+def _rows(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from plain_reference import Expected, Problem, compute, hf_teacher, states_of
 
 from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.hf_students import STUDENTS, StudentFamily, Twin, build_twin
 from megatron_let.testing.one_iteration import OneIteration, run_one_iteration, write_spread_checkpoint
 from megatron_let.testing.tiny_teachers import FAMILIES, write_tiny_teacher
 from megatron_let.testing.training import TINY_STUDENT, arguments
+from tests.training.plain_reference import Expected, Problem, compute, hf_teacher, states_of
 
 VOCABULARY, EOD, STUDENT_LAYER, MICRO_BATCH = 61, 60, 2, 2
 

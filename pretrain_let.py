@@ -10,18 +10,21 @@ from __future__ import annotations
 import os
 import sys
 
-from megatron_let.config.derive import resolve
 from megatron_let.entry import RunReport, end_program, run_main
-from megatron_let.log import configure_logging
-from megatron_let.mcore.parallel import parallel_context
-from megatron_let.training.arguments import parse_arguments
-from megatron_let.training.build import build_trainer
-from megatron_let.training.signals import stop_on_signal
+from megatron_let.log import configure_logging, quiet_third_parties
 
 
 def main(report: RunReport) -> int:
     """Parse, build, fit; return the exit code."""
     configure_logging()
+    quiet_third_parties()
+    # Imported here: megatron-core takes seconds, and warns while it loads.
+    from megatron_let.config.derive import resolve
+    from megatron_let.mcore.parallel import parallel_context
+    from megatron_let.training.arguments import parse_arguments
+    from megatron_let.training.build import build_trainer
+    from megatron_let.training.signals import stop_on_signal
+
     config = resolve(parse_arguments(sys.argv[1:]), int(os.environ.get("WORLD_SIZE", "1")))
     if config.checkpoint.save is not None:
         report.saves_to(config.checkpoint.save)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from datetime import datetime
 from types import MappingProxyType
@@ -41,6 +42,19 @@ def configure_logging(
     LOGGER.setLevel(level)
     LOGGER.propagate = False
     return LOGGER
+
+
+def quiet_third_parties() -> None:
+    """Leave out what torch and megatron-core warn of on every run and nobody can act on.
+
+    megatron-core about packages that only GPUs need and about its own old names; torch about older calls that
+    megatron-core still makes.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning)
+    warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", UserWarning)
 
 
 class _StreamOfTheMoment(logging.StreamHandler):

@@ -7,6 +7,7 @@ GPU is used.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -90,4 +91,6 @@ def cpu_backend() -> Iterator[None]:
     with ExitStack() as stack:
         for owner, name, value in replacements:
             stack.enter_context(patch.object(owner, name, value))
+        # It remarks on every dropout that the CPU's random state moved, as it must when there is no other.
+        stack.enter_context(patch.object(logging.getLogger(mcore_random.__name__), "disabled", True))
         yield

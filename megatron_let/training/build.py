@@ -90,13 +90,19 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
 
 def _tokenizer(config: RunConfig) -> Tokenizer:
     given = config.tokenizer
-    return build_tokenizer(
+    tokenizer = build_tokenizer(
         tokenizer_type=given.tokenizer_type,
         tokenizer_model=given.tokenizer_model,
         vocab_file=given.vocab_file,
         merge_file=given.merge_file,
         vocab_size=config.model.vocab_size,
     )
+    stated = config.model.vocab_size
+    if given.tokenizer_type != "NullTokenizer" and stated is not None and stated != tokenizer.vocab_size:
+        raise ConfigError(
+            f"--vocab-size {stated}: tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids; leave the flag out"
+        )
+    return tokenizer
 
 
 def _sample_counts(config: RunConfig, total_iterations: int) -> SampleCounts:

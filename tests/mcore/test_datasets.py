@@ -105,7 +105,9 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_labels_are_the_next_tokens_and_nothing_is_padding(prefix: Path, one_process: ParallelContext) -> None:
+def test_labels_are_the_next_tokens_and_nothing_is_padding(
+    prefix: Path, one_process: ParallelContext
+) -> None:
     config = config_of(prefix)
     train = build_datasets(config, Tokenizer(), SampleCounts(train=40, valid=0, test=0)).train
     assert len(train) >= 40  # type: ignore[arg-type]

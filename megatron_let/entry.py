@@ -35,6 +35,7 @@ from megatron_let.lifetime import ELASTIC_RUN_VARIABLE, die_with_launcher
 # Under bare torchrun all ranks meet the same configuration error within moments. Rank 0 speaks at once and its end
 # makes torchrun stop the others in a tenth of a second; these wait longer than that before they speak.
 _TURN_SECONDS = 1.0
+_STATUS_SECONDS = 10.0
 _TURN_STEP_SECONDS = 0.25
 
 
@@ -76,7 +77,16 @@ def run_main(main: Callable[[RunReport], int]) -> int:
     if _rank() == 0 and report.save_directory is not None:
         reason = report.reason or reason_of(code)
         write_exit_status(report.save_directory, code, reason, report.message, report.iteration)
+    if code != EXIT_DONE and report.save_directory is not None:
+        _await_exit_status(report.save_directory, started)
     return code
+
+
+def _await_exit_status(directory: str, started: float) -> None:
+    """Wait for rank 0's record of a planned early end: the first rank to leave makes the launcher stop the others."""
+    deadline = time.monotonic() + _STATUS_SECONDS
+    while not has_exit_status_since(directory, started) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def end_program(code: int) -> NoReturn:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from megatron_let.errors import EXIT_BAD_CONFIGURATION, EXIT_CRASH, EXIT_DONE
+from megatron_let.errors import EXIT_BAD_CONFIGURATION, EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED
 
 EXIT_STATUS_FILE = "exit_status.json"
 # The launcher's directory for what its workers tell it; set for them, so its presence means "started by us".
@@ -39,7 +39,12 @@ class FailureRecord:
 
 def reason_of(exit_code: int) -> str:
     """Name what an exit code means (128 + n: signal n)."""
-    reasons = {EXIT_DONE: "done", EXIT_CRASH: "crash", EXIT_BAD_CONFIGURATION: "bad configuration"}
+    reasons = {
+        EXIT_DONE: "done",
+        EXIT_CRASH: "crash",
+        EXIT_BAD_CONFIGURATION: "bad configuration",
+        EXIT_PREEMPTED: "preempted",
+    }
     if exit_code in reasons:
         return reasons[exit_code]
     return "signal" if exit_code > 128 else "other"

@@ -147,7 +147,7 @@ def _report(error: ChildFailedError, directory: str, stopped_pids: set[int]) -> 
     if text:
         print(text, file=sys.stderr, flush=True)
     save_directory = first.record.save_directory if first.record else announced_save_directory(directory)
-    if save_directory is not None:
+    if save_directory is not None and text:  # without text the workers have written it themselves
         iteration = first.record.iteration if first.record else None
         line = first.record.message if first.record else text
         code = first.shell_code()

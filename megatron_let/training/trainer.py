@@ -67,6 +67,12 @@ class Trainer:
 
     def fit(self) -> int:
         """Train to the end (or until told to stop) and return the exit code; every rank calls this."""
+        try:
+            return self._fit()
+        finally:
+            self.run.reporter.close()
+
+    def _fit(self) -> int:
         config = self.run.config
         iterators = data_iterators(
             config,

@@ -26,7 +26,23 @@ CUDA_TYPE_NAMES = {
 
 # What megatron-core calls with device="cuda". Each is replaced by name: a mode that looks at every call of torch costs
 # a small model a tenth of its speed.
-_FACTORIES = ("arange", "empty", "full", "ones", "tensor", "zeros")
+# tests/mcore/test_cpu_backend.py holds the lists against megatron-core's source.
+FACTORIES = (
+    *(
+        "arange",
+        "as_tensor",
+        "empty",
+        "empty_like",
+        "eye",
+        "full",
+        "full_like",
+        "linspace",
+        "ones",
+        "ones_like",
+    ),
+    *("rand", "rand_like", "randint", "randn", "randn_like", "randperm", "tensor", "zeros", "zeros_like"),
+)
+METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "to")
 
 
 def _on_cpu(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -85,8 +101,8 @@ def cpu_backend() -> Iterator[None]:
         (mcore_random, "_set_cuda_rng_state", _set_rng_state),
         (torch.Tensor, "type", _tensor_type),
         (torch.Tensor, "cuda", _same_tensor),
-        (torch.Tensor, "to", _on_cpu(torch.Tensor.to)),
-        *((torch, name, _on_cpu(getattr(torch, name))) for name in _FACTORIES),
+        *((torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name))) for name in METHODS),
+        *((torch, name, _on_cpu(getattr(torch, name))) for name in FACTORIES),
     ]
     with ExitStack() as stack:
         for owner, name, value in replacements:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch.overrides import _get_current_function_mode_stack
 
-from megatron_let.mcore.cpu_backend import cpu_backend
+from megatron_let.mcore.cpu_backend import FACTORIES, cpu_backend
 
 REPLACED = [
     (torch.cuda, "current_device"),
@@ -112,3 +114,18 @@ def test_on_a_machine_with_a_gpu_it_is_refused() -> None:
         cpu_backend(),
     ):
         pass
+
+
+def test_every_torch_call_of_megatron_core_that_names_a_device_is_answered() -> None:
+    import megatron.core
+
+    called = set()
+    for path in Path(megatron.core.__path__[0]).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or all(k.arg != "device" for k in node.keywords):
+                continue
+            function = ast.unparse(node.func)
+            if function.startswith("torch.") and function.count(".") == 1:
+                called.add(function.removeprefix("torch."))
+    assert "empty_like" in called  # the scan finds what it looks for
+    assert called - {"Generator"} <= set(FACTORIES)  # generators: inference only

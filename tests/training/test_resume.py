@@ -24,6 +24,7 @@ from megatron_let.testing.training import (
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
+    "dp2": (2, {}),
     "dp2-distributed-optimizer": (2, {"--use-distributed-optimizer": None}),
     "tp2-sp": (2, {"--tensor-model-parallel-size": 2, "--sequence-parallel": None}),
     "pp2-vp2": (2, {"--pipeline-model-parallel-size": 2, "--num-layers-per-virtual-pipeline-stage": 1}),

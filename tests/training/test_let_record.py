@@ -99,8 +99,8 @@ def test_once_s_stop_has_passed_the_teacher_may_be_gone(completed: int, is_gone_
             reconcile(RECORD.to_dict(), gone, completed_iterations=completed, let=STRICT)
         return
     assert reconcile(RECORD.to_dict(), gone, completed_iterations=completed, let=STRICT) == RECORD
+    other = replace(gone, weight=0.2)
     with pytest.raises(ConfigError, match="weight"):
-        other = replace(gone, weight=0.2)
         reconcile(RECORD.to_dict(), other, completed_iterations=completed, let=STRICT)
 
 

@@ -9,6 +9,10 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.utils import get_blend_from_list
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -107,6 +111,20 @@ def _core_config(config: RunConfig, tokenizer: DataTokenizer) -> GPTDatasetConfi
         eod_mask_loss=False,
         create_attention_mask=False,
     )
+
+
+def splits_without_documents(split: str, num_sequences: int, counts: SampleCounts) -> list[str]:
+    """Return the splits that must give samples but get none of the `num_sequences` sequences of a data set.
+
+    megatron-core deals sequences to splits by rounded shares, and looks for ever for samples in an empty one.
+    """
+    shares = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    wanted = {"training": counts.train, "validation": counts.valid, "test": counts.test}
+    return [
+        name
+        for (name, count), share in zip(wanted.items(), shares, strict=True)
+        if count and share is not None and round(share[0] * num_sequences) == round(share[1] * num_sequences)
+    ]
 
 
 def data_prefixes(config: RunConfig) -> list[str]:

@@ -71,7 +71,7 @@ def run_one_iteration(argv: Sequence[str]) -> OneIteration:
         student = trainer.run.parts.student
         weights = whole_tensors(student, context, lambda parameter: parameter.data)
         rows, gradients = _Rows(), _catch_gradients(trainer)
-        reporter = dataclasses.replace(trainer.run.reporter, sinks=(rows,))
+        reporter = dataclasses.replace(trainer.run.reporter, sinks=(*trainer.run.reporter.sinks, rows))
         trainer.run = dataclasses.replace(trainer.run, reporter=reporter)
         trainer.fit()
     row = next((row for row in rows.rows if isinstance(row, TrainingRow)), None)
@@ -171,3 +171,4 @@ def write_spread_checkpoint(argv: Sequence[str], directory: Path, *, spread: flo
                     parameter.add_(torch.randn(parameter.shape, generator=random) * spread)
         parts, tokenizer = trainer.run.parts, trainer.run.tokenizer
         save_checkpoint(config, context, parts, trainer.state, let_record=None, tokenizer=tokenizer)
+        trainer.run.reporter.close()

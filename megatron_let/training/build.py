@@ -58,8 +58,9 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
     completed = 0 if saved is None or config.checkpoint.finetune else int(saved["state"]["iteration"])
     schedule = None if let_record is None else let_record.schedule()
     needs_teacher = schedule is not None and schedule.is_active_at(completed)
-    check_data(config, tokenizer, context, needs_teacher=needs_teacher)
-    data = build_datasets(config, tokenizer, _sample_counts(config, total_iterations))
+    counts = _sample_counts(config, total_iterations)
+    check_data(config, tokenizer, context, counts=counts, needs_teacher=needs_teacher)
+    data = build_datasets(config, tokenizer, counts)
     padded = padded_vocab_size(
         tokenizer.vocab_size, config.model.make_vocab_size_divisible_by, context.tp_size
     )

@@ -68,11 +68,12 @@ class Trainer:
     def fit(self) -> int:
         """Train to the end (or until told to stop) and return the exit code; every rank calls this."""
         try:
-            return self._fit()
+            return self._train()
         finally:
+            # A preempted program ends without exit handlers: what TensorBoard and W&B still hold goes out here.
             self.run.reporter.close()
 
-    def _fit(self) -> int:
+    def _train(self) -> int:
         config = self.run.config
         iterators = data_iterators(
             config,

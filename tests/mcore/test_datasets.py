@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_let.config.derive import resolve
-from megatron_let.errors import ConfigError
 from megatron_let.mcore.datasets import (
     MicrobatchSampler,
     SampleCounts,
     build_datasets,
     data_prefixes,
     microbatches,
+    splits_without_documents,
 )
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.testing.training import TINY_STUDENT, arguments, write_token_files
@@ -153,13 +153,31 @@ def test_splits_are_built_where_they_are_asked_for(prefix: Path, one_process: Pa
     assert splits.test is None
 
 
-def test_a_split_without_a_training_document_is_the_users_mistake(
-    tmp_path: Path, one_process: ParallelContext
+@pytest.mark.parametrize(
+    ("split", "num_sequences", "counts", "empty"),
+    [
+        ("969,30,1", 10, (8, 8, 8), ["validation", "test"]),  # 9.69 and 9.99 both round to 10
+        ("969,30,1", 400, (8, 8, 8), ["test"]),
+        ("969,30,1", 600, (8, 8, 8), []),
+        ("969,30,1", 10, (8, 0, 0), []),
+        ("1,99", 10, (8, 8, 8), ["training"]),
+        ("90,10", 10, (8, 8, 8), []),  # a share of 0 asks for nothing
+    ],
+)
+def test_a_split_that_rounds_to_nothing_is_found(
+    split: str, num_sequences: int, counts: tuple[int, int, int], empty: list[str]
 ) -> None:
-    write_token_files(tmp_path / "one", [list(range(60))])
-    config = config_of(tmp_path / "one", split="1,99")
-    with pytest.raises(ConfigError, match="--split"):
-        build_datasets(config, Tokenizer(), SampleCounts(train=10, valid=4, test=0))
+    assert splits_without_documents(split, num_sequences, SampleCounts(*counts)) == empty
+
+
+def test_the_splits_are_those_of_megatron_core(tmp_path: Path, one_process: ParallelContext) -> None:
+    """Where no split is found empty, core builds all three; it rounds as we do."""
+    write_token_files(tmp_path / "seven", [[1, 2, 3, 60]] * 7)
+    counts = SampleCounts(train=2, valid=2, test=2)
+    split = "5,1,1"
+    assert splits_without_documents(split, 7, counts) == []
+    splits = build_datasets(config_of(tmp_path / "seven", split=split), Tokenizer(), counts)
+    assert all(part is not None and len(part) >= 2 for part in (splits.train, splits.valid, splits.test))  # type: ignore[arg-type]
 
 
 def test_prefixes_leave_out_weights_and_repeats() -> None:

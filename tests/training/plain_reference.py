@@ -54,8 +54,8 @@ def compute(problem: Problem, twin: Twin, teacher_states: TeacherStates) -> Expe
     twin.model.zero_grad()
     objective.backward()
     return Expected(
-        lm_loss=float(nll.sum() / count.sum()),
-        let_loss=float(alignment.sum() / count.sum()),
+        lm_loss=float(nll.detach().sum() / count.sum()),
+        let_loss=float(alignment.detach().sum() / count.sum()),
         gradients={name: p.grad.clone() for name, p in twin.model.named_parameters()},
     )
 

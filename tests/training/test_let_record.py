@@ -1,0 +1,140 @@
+"""What LET is in a run, and what a resume may change of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_let.config.let import LetConfig
+from megatron_let.errors import ConfigError
+from megatron_let.testing.tiny_teachers import write_tiny_teacher
+from megatron_let.training.let_record import LetRecord, reconcile, teacher_identity
+
+RECORD = LetRecord(
+    student_layer=2,
+    teacher_layer=None,
+    weight=0.1,
+    stop_iteration=15,
+    stop_fraction=None,
+    loss="cosine",
+    projection="interpolate",
+    teacher_identity="abc",
+)
+STRICT = LetConfig()
+OTHER: dict[str, Any] = {
+    "student_layer": 3,
+    "teacher_layer": 5,
+    "weight": 0.2,
+    "stop_iteration": 16,
+    "stop_fraction": 0.5,
+    "loss": "logsum",
+    "projection": "linear",
+    "teacher_identity": "xyz",
+}
+
+
+def test_the_table_of_differences_covers_every_setting() -> None:
+    assert OTHER.keys() == asdict(RECORD).keys()
+
+
+def test_a_record_survives_the_checkpoint() -> None:
+    assert LetRecord(**RECORD.to_dict()) == RECORD
+    assert RECORD.schedule().weight_at(0) == 0.1
+    assert RECORD.schedule().weight_at(15) == 0.0
+
+
+def test_the_same_settings_go_on() -> None:
+    assert reconcile(RECORD.to_dict(), RECORD, completed_iterations=5, let=STRICT) == RECORD
+    assert reconcile(None, None, completed_iterations=5, let=STRICT) is None
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_each_setting_that_differs_is_named_with_both_values(name: str) -> None:
+    current = replace(RECORD, **{name: OTHER[name]})
+    with pytest.raises(ConfigError) as caught:
+        reconcile(RECORD.to_dict(), current, completed_iterations=5, let=STRICT)
+    message = str(caught.value)
+    assert f"LET setting {name.replace('_', ' ')} is {OTHER[name]}" in message
+    assert f"trained with {asdict(RECORD)[name]}" in message
+    assert "--let-override" in message
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_override_takes_each_setting_from_the_command_line(name: str) -> None:
+    current = replace(RECORD, **{name: OTHER[name]})
+    let = LetConfig(let_override=True)
+    assert reconcile(RECORD.to_dict(), current, completed_iterations=5, let=let) == current
+
+
+def test_turning_let_on_or_off_is_refused_unless_overridden() -> None:
+    let = LetConfig(let_override=True)
+    for saved, current in ((RECORD.to_dict(), None), (None, RECORD)):
+        with pytest.raises(ConfigError, match="--let-override"):
+            reconcile(saved, current, completed_iterations=5, let=STRICT)
+        assert reconcile(saved, current, completed_iterations=5, let=let) == current
+    with pytest.raises(ConfigError, match="trained with a LET teacher and this run goes on without one"):
+        reconcile(RECORD.to_dict(), None, completed_iterations=5, let=STRICT)
+    with pytest.raises(ConfigError, match="trained without a LET teacher and this run goes on with one"):
+        reconcile(None, RECORD, completed_iterations=5, let=STRICT)
+
+
+def test_a_stop_given_as_a_fraction_stays_where_the_run_began() -> None:
+    saved = replace(RECORD, stop_fraction=0.15, stop_iteration=15)
+    longer = replace(saved, stop_iteration=30)  # 0.15 of twice the iterations
+    kept = reconcile(saved.to_dict(), longer, completed_iterations=5, let=STRICT)
+    assert kept == saved
+    other = replace(longer, stop_fraction=0.3)
+    with pytest.raises(ConfigError, match="stop"):
+        reconcile(saved.to_dict(), other, completed_iterations=5, let=STRICT)
+
+
+@pytest.mark.parametrize(("completed", "is_gone_allowed"), [(14, False), (15, True), (100, True)])
+def test_once_s_stop_has_passed_the_teacher_may_be_gone(completed: int, is_gone_allowed: bool) -> None:
+    gone = replace(RECORD, teacher_identity=None)
+    if not is_gone_allowed:
+        with pytest.raises(ConfigError, match="teacher identity"):
+            reconcile(RECORD.to_dict(), gone, completed_iterations=completed, let=STRICT)
+        return
+    assert reconcile(RECORD.to_dict(), gone, completed_iterations=completed, let=STRICT) == RECORD
+    other = replace(gone, weight=0.2)
+    with pytest.raises(ConfigError, match="weight"):
+        reconcile(RECORD.to_dict(), other, completed_iterations=completed, let=STRICT)
+
+
+def test_a_teacher_is_known_by_its_files_and_not_by_its_path(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for directory in (first, second):
+        write_tiny_teacher("llama", directory)
+    identity = teacher_identity(first)
+    assert teacher_identity(second) == identity
+    (second / "tokenizer.json").write_text("{}")  # compared by itself, through the tokenizer's fingerprint
+    (second / "README.md").write_text("words")
+    (second / "logs").mkdir()
+    assert teacher_identity(second) == identity
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("where", [0, 0.5, 1])
+def test_a_changed_byte_makes_another_teacher(name: str, where: float, tmp_path: Path) -> None:
+    write_tiny_teacher("llama", tmp_path)
+    before = teacher_identity(tmp_path)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[int(where * (len(content) - 1))] ^= 1
+    (tmp_path / name).write_bytes(bytes(content))
+    assert teacher_identity(tmp_path) != before
+
+
+def test_a_large_file_is_sampled_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.truncate(1 << 26)  # 64 MiB of zeros, sparse
+    before = teacher_identity(tmp_path)
+    with path.open("r+b") as file:
+        file.seek((1 << 26) - 1)
+        file.write(b"\1")
+    assert teacher_identity(tmp_path) != before
+    path.write_bytes(b"")
+    assert teacher_identity(tmp_path) != before

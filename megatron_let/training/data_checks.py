@@ -13,8 +13,8 @@ from megatron_let.errors import ConfigError
 from megatron_let.log import LOGGER
 from megatron_let.mcore.datasets import data_prefixes
 from megatron_let.mcore.parallel import ParallelContext
+from megatron_let.training.checkpoint_choice import tokenizer_fingerprint_of_checkpoint
 from megatron_let.training.checkpoint_files import newest_iteration_directory
-from megatron_let.training.checkpoints import tokenizer_fingerprint_of_checkpoint
 from megatron_let.training.teachers import teacher_format
 
 
@@ -29,17 +29,16 @@ def check_data(
     Raises:
         ConfigError: a damaged data set, an id outside the vocabulary, or tokenizers that differ.
     """
-    error: ConfigError | None = None
-    if context.rank == 0:
-        try:
-            warnings = [_check_prefix(prefix, tokenizer) for prefix in data_prefixes(config)]
-            if needs_teacher:
-                warnings.append(_check_teacher_tokenizer(config, tokenizer))
-            for warning in dict.fromkeys(filter(None, warnings)):
-                LOGGER.warning(warning)
-        except ConfigError as mistake:
-            error = mistake
-    context.raise_together(error)
+    for warning in context.on_rank_0(lambda: _check_all(config, tokenizer, needs_teacher=needs_teacher)):
+        LOGGER.warning(warning)
+
+
+def _check_all(config: RunConfig, tokenizer: Tokenizer, *, needs_teacher: bool) -> list[str]:
+    """Check every data set and the teacher's tokenizer; return the warnings, each once."""
+    warnings = [_check_prefix(prefix, tokenizer) for prefix in data_prefixes(config)]
+    if needs_teacher:
+        warnings.append(_check_teacher_tokenizer(config, tokenizer))
+    return list(dict.fromkeys(warning for warning in warnings if warning is not None))
 
 
 def _check_prefix(prefix: str, tokenizer: Tokenizer) -> str | None:

@@ -77,8 +77,10 @@ def _from_yaml_value(value_type: ValueType, key: str, value: Any) -> Any:
         return _choice(value_type, key, str(value))
     if value_type.base is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         return _finite(key, str(value))
+    if isinstance(value, str) and value_type.base is str:
+        return _text(key, value)
     if type(value) is value_type.base:
-        return _text(key, value) if value_type.base is str else value
+        return value
     hint = "; quote it" if value_type.base is str else ""
     raise ConfigError(f"{key} in the config file takes {expected(value_type)}, got {value!r}{hint}")
 

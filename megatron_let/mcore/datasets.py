@@ -99,8 +99,9 @@ def split_parts(config: RunConfig) -> dict[str, list[SplitPart]]:
 def is_blended_by_size(config: RunConfig, split: str) -> bool:
     """Return whether `split` joins several data sets without weights: each is then read once and not repeated."""
     per_split = dict(zip(("training", "validation", "test"), _paths_per_split(config), strict=True))
-    blend = get_blend_from_list(list(config.data.data_path or per_split[split] or ())) or ([], None)
-    return len(blend[0]) > 1 and blend[1] is None
+    paths = config.data.data_path or per_split[split]
+    prefixes, weights = get_blend_from_list(list(paths)) if paths else ([], None)
+    return len(prefixes) > 1 and weights is None
 
 
 def build_datasets(
@@ -114,23 +115,15 @@ def build_datasets(
     # Rank 0 first and by itself: megatron-core's builder holds the others at a barrier that a failure never reaches.
     context.on_rank_0(lambda: _build_alone(config, tokenizer, counts))
     train, valid, test = context.together(lambda: _build_splits(config, tokenizer, counts))
-    if train is None:
-        raise ConfigError("the training split holds no sample; check --data-path and --split")
-    hint = "give more data, or a weight before each prefix of the blend: then data sets are repeated"
-    _require_samples(train, counts.train, f"the run needs {counts.train} training samples", hint)
-    for dataset, count, flag in (
-        (valid, counts.valid, "--valid-data-path"),
-        (test, counts.test, "--test-data-path"),
+    for name, dataset, count in (
+        ("training", train, counts.train),
+        ("validation", valid, counts.valid),
+        ("test", test, counts.test),
     ):
-        needs = f"--eval-iters {config.validation.eval_iters} needs {count} samples of {flag} or its share of --split"
-        _require_samples(dataset, count, needs, "lower it or give more data")
+        found = 0 if dataset is None else len(dataset)
+        if found < count:
+            raise ConfigError(f"the {name} data give {found} samples, and {count} are needed; give more data")
     return DataSplits(train, valid, test)
-
-
-def _require_samples(dataset: Dataset[Sample] | None, count: int, needs: str, hint: str) -> None:
-    found = 0 if dataset is None else len(dataset)  # type: ignore[arg-type]
-    if found < count:
-        raise ConfigError(f"{needs}, but there are {found}; {hint}")
 
 
 def _build_alone(config: RunConfig, tokenizer: DataTokenizer, counts: SampleCounts) -> None:

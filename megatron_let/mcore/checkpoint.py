@@ -80,6 +80,9 @@ def load_common(directory: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it is no torch_dist checkpoint, or that part cannot be read.
     """
+    missing = [name for name in ("metadata.json", "common.pt") if not (directory / name).is_file()]
+    if missing:
+        raise ConfigError(f"checkpoint {directory} cannot be read: it has no {' and no '.join(missing)}")
     try:
         return dict(dist_checkpointing.load_common_state_dict(str(directory)))
     except (

@@ -21,13 +21,12 @@ def main(report: RunReport) -> int:
     # Imported here: megatron-core takes seconds, and warns while it loads.
     from megatron_let.config.derive import resolve
     from megatron_let.mcore.parallel import parallel_context
-    from megatron_let.training.arguments import parse_arguments
+    from megatron_let.training.arguments import parse_arguments, save_directory_of
     from megatron_let.training.build import build_trainer
     from megatron_let.training.signals import stop_on_signal
 
+    report.saves_to(save_directory_of(sys.argv[1:]))
     config = resolve(parse_arguments(sys.argv[1:]), int(os.environ.get("WORLD_SIZE", "1")))
-    if config.checkpoint.save is not None:
-        report.saves_to(config.checkpoint.save)
     with (
         stop_on_signal(is_on=config.training.exit_signal_handler) as stop,
         parallel_context(config) as context,

@@ -48,8 +48,10 @@ class RunReport:
     reason: str | None = None  # why it ended, when it ended by itself; default: the name of its exit code
     message: str = ""
 
-    def saves_to(self, directory: str | os.PathLike[str]) -> None:
-        """Note where `exit_status.json` belongs, and drop the one of an earlier run (rank 0)."""
+    def saves_to(self, directory: str | os.PathLike[str] | None) -> None:
+        """Note where `exit_status.json` belongs, and drop the one of an earlier run (rank 0); None: nowhere."""
+        if directory is None:
+            return
         self.save_directory = os.fspath(directory)
         announce_save_directory(directory)
         if _rank() == 0:

@@ -29,10 +29,12 @@ def split_words(arguments: Sequence[str]) -> list[Occurrence]:
     """Return the flags of a command line in order, each with its words; `--flag=value` is understood.
 
     A word that starts with a dash and is no number begins a flag. Raises ConfigError for words before the
-    first flag.
+    first flag, and for bytes that are no UTF-8 text: settings are printed and saved as text.
     """
     found: list[Occurrence] = []
     for argument in arguments:
+        if not argument.isascii():
+            _require_text(argument, found[-1].flag if found else "")
         if argument.startswith("-") and not _NUMBER.match(argument):
             flag, equals, value = argument.partition("=")
             found.append(Occurrence(flag, (value,) if equals else ()))
@@ -42,6 +44,15 @@ def split_words(arguments: Sequence[str]) -> list[Occurrence]:
             last = found.pop()
             found.append(Occurrence(last.flag, (*last.words, argument)))
     return found
+
+
+def _require_text(argument: str, flag: str) -> None:
+    """Raise ConfigError for a word with undecodable bytes, which Python keeps as lone surrogates."""
+    try:
+        argument.encode("utf-8")
+    except UnicodeEncodeError as problem:
+        where = f"{flag} " if flag else ""
+        raise ConfigError(f"{where}{argument!a} is not UTF-8 text; rename the path") from problem
 
 
 def values_of_occurrences(occurrences: Iterable[Occurrence], settings: Sequence[Setting]) -> dict[str, Any]:

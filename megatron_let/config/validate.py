@@ -10,7 +10,12 @@ from megatron_let.config.run_config import RunConfig
 
 def installed_packages() -> Packages:
     """Return which optional packages are here."""
-    return Packages(transformer_engine=optional.has_transformer_engine(), apex=optional.has_apex())
+    return Packages(
+        transformer_engine=optional.has_transformer_engine(),
+        apex=optional.has_apex(),
+        tensorboard=optional.has_tensorboard(),
+        wandb=optional.has_wandb(),
+    )
 
 
 def validate(config: RunConfig, world_size: int, packages: Packages | None = None) -> None:
@@ -40,7 +45,7 @@ def validate(config: RunConfig, world_size: int, packages: Packages | None = Non
     training.check_weight_decay(config)
     training.check_loop(config)
     training.check_checkpoints(config)
-    training.check_logging(config)
+    training.check_logging(config, packages)
     data.check_source(config)
     data.check_tokenizer(config)
     let.check_let(config, world_size)

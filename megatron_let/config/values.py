@@ -67,7 +67,7 @@ def _from_word(value_type: ValueType, flag: str, word: str) -> Any:
     if value_type.base is float:
         return _finite(flag, word)
     if value_type.base is str:
-        return word
+        return _text(flag, word)
     raise ConfigError(f"{flag} takes {expected(value_type)}, got {word!r}")
 
 
@@ -77,6 +77,8 @@ def _from_yaml_value(value_type: ValueType, key: str, value: Any) -> Any:
         return _choice(value_type, key, str(value))
     if value_type.base is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         return _finite(key, str(value))
+    if isinstance(value, str) and value_type.base is str:
+        return _text(key, value)
     if type(value) is value_type.base:
         return value
     hint = "; quote it" if value_type.base is str else ""
@@ -89,6 +91,15 @@ def _choice(value_type: ValueType, name: str, word: str) -> Any:
         if str(choice) == word:
             return value_type.base[word] if issubclass(value_type.base, enum.Enum) else choice
     raise ConfigError(f"{name} is {expected(value_type)}, got {word!r}")
+
+
+def _text(name: str, word: str) -> str:
+    """Return `word` unless it is empty, which as a path would mean the current directory."""
+    if not word.strip():
+        raise ConfigError(
+            f"{name} takes text, got {word!r}; is a shell variable unset? Otherwise leave it out"
+        )
+    return word
 
 
 def _finite(name: str, word: str) -> float:

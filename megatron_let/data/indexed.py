@@ -9,6 +9,7 @@ multimodal modes. A loader that maps a damaged pair reads wrong tokens or dies f
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,20 @@ def max_token_id(prefix: str) -> int:
     return largest
 
 
+def count_tokens(prefix: str, begin: float, end: float) -> int:
+    """Return the tokens in the sequences from share `begin` to share `end` of a data set (0.0 to 1.0: all).
+
+    Bounds are rounded to whole sequences as megatron-core rounds them.
+
+    Raises:
+        ConfigError: as check_indexed.
+    """
+    summary = check_indexed(prefix)
+    first, last = round(begin * summary.sequences), round(end * summary.sequences)
+    lengths = np.memmap(f"{prefix}.idx", np.dtype("<i4"), "r", offset=HEADER.size, shape=(summary.sequences,))
+    return int(lengths[first:last].sum(dtype=np.int64))
+
+
 def read_document(prefix: str, document: int) -> Any:
     """Return the ids [n] of one document, all its sequences joined.
 
@@ -142,10 +157,10 @@ def read_document(prefix: str, document: int) -> Any:
 
 def _require_files(prefix: str) -> tuple[Path, Path]:
     index_path, data_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    missing = [path.name for path in (index_path, data_path) if not path.is_file()]
+    missing = [path.name for path in (index_path, data_path) if not os.path.isfile(path)]
     if not missing:
         return index_path, data_path
-    if prefix.endswith((".bin", ".idx")) and Path(prefix).is_file():
+    if prefix.endswith((".bin", ".idx")) and os.path.isfile(prefix):
         raise ConfigError(f"{prefix} is one file of a pair: give its path without {prefix[-4:]}")
     raise ConfigError(f"data set {prefix} has no {' and no '.join(missing)}: both files are needed")
 

@@ -14,6 +14,9 @@ from megatron_let.errors import ConfigError
 
 MANIFEST_VERSION = 1
 
+_NUMBERS = ("vocab_size", "eod", "max_token_id", "documents", "sequences", "tokens", "bytes")
+_TEXTS = ("tokenizer_type", "tokenizer_name", "dtype")
+
 
 @dataclass(frozen=True)
 class SourceFile:
@@ -114,6 +117,12 @@ def require_manifest_of(manifest: Manifest, summary: IndexedSummary) -> None:
 def _from_json(content: dict[str, Any], path: Path) -> Manifest:
     known = {item.name for item in fields(Manifest)}
     values = {name: value for name, value in content.items() if name in known}
+    wrong = [name for name in _NUMBERS if name in values and type(values[name]) is not int]
+    wrong += [name for name in _TEXTS if name in values and not isinstance(values[name], str)]
+    if not isinstance(values.get("tokenizer_fingerprint", ""), str | None):
+        wrong.append("tokenizer_fingerprint")
+    if wrong:
+        raise ConfigError(f"{path} is damaged: no proper {', '.join(wrong)}; preprocess the data again")
     try:
         values["sources"] = tuple(SourceFile(item["path"], item["size"]) for item in values["sources"])
         values["skipped_examples"] = tuple(values.get("skipped_examples", ()))

@@ -5,6 +5,7 @@ Where checkpoints live and which one is whole is decided in `training/checkpoint
 
 from __future__ import annotations
 
+import pickle
 import queue
 import random
 import warnings
@@ -74,8 +75,25 @@ def save_content(
 
 
 def load_common(directory: Path) -> dict[str, Any]:
-    """Return the small unsharded part of a checkpoint: iteration, scheduler state and the `run` values."""
-    return dict(dist_checkpointing.load_common_state_dict(str(directory)))
+    """Return the small unsharded part of a checkpoint: iteration, scheduler state and the `run` values.
+
+    Raises:
+        ConfigError: it is no torch_dist checkpoint, or that part cannot be read.
+    """
+    missing = [name for name in ("metadata.json", "common.pt") if not (directory / name).is_file()]
+    if missing:
+        raise ConfigError(f"checkpoint {directory} cannot be read: it has no {' and no '.join(missing)}")
+    try:
+        return dict(dist_checkpointing.load_common_state_dict(str(directory)))
+    except (
+        dist_checkpointing.mapping.CheckpointingException,
+        pickle.UnpicklingError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        OSError,
+    ) as error:
+        raise ConfigError(f"checkpoint {directory} cannot be read: {_first_line(error)}") from error
 
 
 def load_content(directory: Path, parts: Parts, context: ParallelContext) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
@@ -64,34 +66,99 @@ class DataSplits:
 
 @dataclass(frozen=True)
 class SampleCounts:
-    """How many samples each split must provide."""
+    """How many samples each split must provide; a split of 0 is not built."""
 
     train: int
     valid: int
     test: int
 
 
-def build_datasets(config: RunConfig, tokenizer: DataTokenizer, counts: SampleCounts) -> DataSplits:
+class SplitPart(NamedTuple):
+    """What one split reads of one data set: its sequences between two shares of their number."""
+
+    prefix: str
+    begin: float
+    end: float
+
+
+def split_parts(config: RunConfig) -> dict[str, list[SplitPart]]:
+    """Return what training, validation and test read of each data set; nothing for made-up data."""
+    data = config.data
+    parts: dict[str, list[SplitPart]] = {"training": [], "validation": [], "test": []}
+    if data.data_path:
+        shares = convert_split_vector_to_split_matrix(parse_and_normalize_split(str(data.split)))
+        for split, bounds in zip(parts, shares, strict=True):
+            if bounds is not None:
+                parts[split] = [SplitPart(prefix, *bounds) for prefix in _prefixes(data.data_path)]
+        return parts
+    for split, paths in zip(parts, _paths_per_split(config), strict=True):
+        parts[split] = [SplitPart(prefix, 0.0, 1.0) for prefix in _prefixes(paths)]
+    return parts
+
+
+def is_blended_by_size(config: RunConfig, split: str) -> bool:
+    """Return whether `split` joins several data sets without weights: each is then read once and not repeated."""
+    per_split = dict(zip(("training", "validation", "test"), _paths_per_split(config), strict=True))
+    paths = config.data.data_path or per_split[split]
+    prefixes, weights = get_blend_from_list(list(paths)) if paths else ([], None)
+    return len(prefixes) > 1 and weights is None
+
+
+def build_datasets(
+    config: RunConfig, tokenizer: DataTokenizer, counts: SampleCounts, context: ParallelContext
+) -> DataSplits:
     """Build (or take from the cache) the sample indices of every split; all ranks call this together.
 
     Raises:
-        ConfigError: the blend or the split string is malformed, or the training split is empty.
+        ConfigError: the data cannot be indexed, or give fewer samples than asked for.
     """
-    try:
-        core = _core_config(config, tokenizer)
-        dataset_type = MockGPTDataset if config.data.mock_data else GPTDataset
-        sizes = [counts.train, counts.valid or None, counts.test or None]
-        train, valid, test = BlendedMegatronDatasetBuilder(dataset_type, sizes, lambda: True, core).build()
-    except (AssertionError, ValueError) as error:
-        raise ConfigError(f"the training data cannot be used: {' '.join(str(error).split())}") from error
-    if train is None or len(train) == 0:
-        raise ConfigError("the training split holds no sample; check --data-path and --split")
+    # Rank 0 first and by itself: megatron-core's builder holds the others at a barrier that a failure never reaches.
+    context.on_rank_0(lambda: _build_alone(config, tokenizer, counts))
+    train, valid, test = context.together(lambda: _build_splits(config, tokenizer, counts))
+    for name, dataset, count in (
+        ("training", train, counts.train),
+        ("validation", valid, counts.valid),
+        ("test", test, counts.test),
+    ):
+        found = 0 if dataset is None else len(dataset)
+        if found < count:
+            raise ConfigError(f"the {name} data give {found} samples, and {count} are needed; give more data")
     return DataSplits(train, valid, test)
+
+
+def _build_alone(config: RunConfig, tokenizer: DataTokenizer, counts: SampleCounts) -> None:
+    with patch.object(dist, "is_initialized", lambda: False):
+        _build_splits(config, tokenizer, counts)
+
+
+def _build_splits(config: RunConfig, tokenizer: DataTokenizer, counts: SampleCounts) -> list[Any]:
+    core = _core_config(config, tokenizer)
+    sizes = [counts.train, counts.valid, counts.test]
+    for index, size in enumerate(sizes):
+        if size == 0 and core.blend_per_split is not None:
+            core.blend_per_split[index] = None
+        elif size == 0:
+            core.split_matrix[index] = None
+    dataset_type = MockGPTDataset if config.data.mock_data else GPTDataset
+    try:
+        return list(BlendedMegatronDatasetBuilder(dataset_type, sizes, lambda: True, core).build())
+    except OSError as problem:
+        where = problem.filename or config.data.data_cache_path or "beside the data"
+        raise ConfigError(
+            f"the index of the samples cannot be kept in {where}: {problem.strerror or problem}; give a writable "
+            "directory with --data-cache-path"
+        ) from problem
+    except (AssertionError, ValueError, IndexError, MemoryError) as problem:
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise ConfigError(
+            f"the samples of {', '.join(data_prefixes(config)) or 'the mock data'} cannot be indexed: {reason}; "
+            "check --data-path, --split and the length of the run"
+        ) from problem
 
 
 def _core_config(config: RunConfig, tokenizer: DataTokenizer) -> GPTDatasetConfig:
     data = config.data
-    per_split = [data.train_data_path, data.valid_data_path, data.test_data_path]
+    per_split = _paths_per_split(config)
     has_per_split = any(per_split)
     return GPTDatasetConfig(
         random_seed=config.training.seed,
@@ -113,29 +180,21 @@ def _core_config(config: RunConfig, tokenizer: DataTokenizer) -> GPTDatasetConfi
     )
 
 
-def splits_without_documents(split: str, num_sequences: int, counts: SampleCounts) -> list[str]:
-    """Return the splits that must give samples but get none of the `num_sequences` sequences of a data set.
+def _paths_per_split(config: RunConfig) -> list[tuple[str, ...] | None]:
+    data = config.data
+    return [data.train_data_path, data.valid_data_path, data.test_data_path]
 
-    megatron-core deals sequences to splits by rounded shares, and looks for ever for samples in an empty one.
-    """
-    shares = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
-    wanted = {"training": counts.train, "validation": counts.valid, "test": counts.test}
-    return [
-        name
-        for (name, count), share in zip(wanted.items(), shares, strict=True)
-        if count and share is not None and round(share[0] * num_sequences) == round(share[1] * num_sequences)
-    ]
+
+def _prefixes(paths: Sequence[str] | None) -> list[str]:
+    """Return the prefixes of a blend, weights left out."""
+    blend = get_blend_from_list(list(paths)) if paths else None
+    return list(blend[0]) if blend else []
 
 
 def data_prefixes(config: RunConfig) -> list[str]:
     """Return the prefix of every data set of the run, blend weights left out, each once."""
-    data = config.data
-    prefixes: list[str] = []
-    for paths in (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path):
-        if paths:
-            blend = get_blend_from_list(list(paths))
-            prefixes.extend(blend[0] if blend else [])
-    return list(dict.fromkeys(prefixes))
+    given = (config.data.data_path, *_paths_per_split(config))
+    return list(dict.fromkeys(prefix for paths in given for prefix in _prefixes(paths)))
 
 
 class MicrobatchSampler(Sampler[list[int]]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -92,6 +92,34 @@ class ParallelContext:
             if first is not None:
                 raise ConfigError(first[0]) if first[1] else LetError(first[0])
 
+    def together(self, action: Callable[[], Value]) -> Value:
+        """Return what `action` gives on this rank, or fail on every rank when it fails on any; all must call this.
+
+        For what the user gave: a file that one rank cannot use (OSError) is a mistake to correct, like any other.
+
+        Raises:
+            LetError: the error of the lowest rank that has one.
+        """
+        outcome: list[Value] = []
+        error: LetError | None = None
+        try:
+            outcome.append(action())
+        except LetError as mistake:
+            error = mistake
+        except OSError as problem:
+            error = ConfigError(f"{problem.filename or 'a file'}: {problem.strerror or problem}")
+        self.raise_together(error)
+        return outcome[0]
+
+    def on_rank_0(self, action: Callable[[], Value]) -> Value:
+        """Return on every rank what `action` gives on rank 0, which alone runs it; all must call this.
+
+        Raises:
+            LetError: it failed there.
+        """
+        mine = self.together(lambda: [action()] if self.rank == 0 else [])
+        return self.from_rank_0(mine)[0]
+
 
 def choose_backend(config: RunConfig) -> str:
     """Return `nccl` on a machine with a GPU, `gloo` without one, or what `--distributed-backend` asks for.
@@ -145,6 +173,13 @@ def _select_device(backend: str) -> torch.device:
     if backend == "gloo":
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    # All ranks of the machine find this, not only those that are one too many.
+    wanted, visible = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)), torch.cuda.device_count()
+    if wanted > visible:
+        raise ConfigError(
+            f"{wanted} ranks were started on a machine with {visible} visible GPUs; start one rank a GPU "
+            f"(--nproc-per-node {visible})"
+        )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

@@ -56,6 +56,22 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
     return derive(RunConfig.from_values(values, CORE_SECTIONS), warn=LOGGER.warning)
 
 
+def save_directory_of(argv: Sequence[str]) -> str | None:
+    """Return the `--save` directory of a command line that may be wrong elsewhere, as far as it can be made out.
+
+    A run that ends over its command line leaves its exit status there. None when only --help or --version is asked.
+    """
+    try:
+        occurrences = split_words(argv)
+        if {flag for flag, _ in occurrences} & {"-h", "--help", "--version"}:
+            return None
+        given = [words for flag, words in occurrences if flag == "--save"]
+        words = given[-1] if given else (_file_content(occurrences).get("save"),)
+    except ConfigError:
+        return None
+    return words[0] if len(words) == 1 and isinstance(words[0], str) and words[0].strip() else None
+
+
 def _answer_questions(occurrences: Iterable[Occurrence], settings: Sequence[Setting]) -> None:
     """Print what --help or --version asks for and exit."""
     flags = {occurrence.flag for occurrence in occurrences}

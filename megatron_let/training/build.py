@@ -24,20 +24,17 @@ from megatron_let.mcore.model import Student, build_student
 from megatron_let.mcore.optimizer import build_lr_scheduler, build_optimizer
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.training.alignment import Alignment
-from megatron_let.training.checkpoints import (
-    TokenizerRecord,
-    check_same_model,
-    choose_checkpoint,
-    load_checkpoint,
-    read_run,
-)
+from megatron_let.training.checkpoint_choice import check_same_model, choose_checkpoint, read_run
+from megatron_let.training.checkpoints import TokenizerRecord, load_checkpoint
 from megatron_let.training.data_checks import check_data
 from megatron_let.training.forward_step import ForwardStep
 from megatron_let.training.let_record import LetRecord, reconcile, teacher_identity
 from megatron_let.training.report import build_reporter
+from megatron_let.training.save_directory import check_save_directory
 from megatron_let.training.signals import StopRequest
+from megatron_let.training.split_checks import usable_counts
 from megatron_let.training.state import TrainingState
-from megatron_let.training.teachers import load_teacher
+from megatron_let.training.teachers import load_teacher, teacher_files
 from megatron_let.training.trainer import Run, Trainer
 
 
@@ -48,19 +45,21 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
         ConfigError: what was given cannot work; every rank raises it.
     """
     LOGGER.info(config.to_yaml())
-    tokenizer = _tokenizer(config)
+    check_save_directory(config, context)
+    tokenizer = context.together(lambda: _tokenizer(config))
+    remembered = TokenizerRecord(tokenizer.vocab_size, tokenizer.fingerprint)
     total_iterations = train_iterations(config, context.world_size)
     directory = choose_checkpoint(config, context)
     saved = None if directory is None else read_run(directory, context)
     if directory is not None and saved is not None:
-        check_same_model(config, saved, directory)
-    let_record = _let_record(config, saved, total_iterations)
+        check_same_model(config, remembered, saved, directory)
+    let_record = context.together(lambda: _let_record(config, saved, total_iterations))
     completed = 0 if saved is None or config.checkpoint.finetune else int(saved["state"]["iteration"])
     schedule = None if let_record is None else let_record.schedule()
     needs_teacher = schedule is not None and schedule.is_active_at(completed)
-    counts = _sample_counts(config, total_iterations)
-    check_data(config, tokenizer, context, counts=counts, needs_teacher=needs_teacher)
-    data = build_datasets(config, tokenizer, counts)
+    check_data(config, tokenizer, context, needs_teacher=needs_teacher)
+    counts = usable_counts(config, _sample_counts(config, total_iterations), context)
+    data = build_datasets(config, tokenizer, counts, context)
     padded = padded_vocab_size(
         tokenizer.vocab_size, config.model.make_vocab_size_divisible_by, context.tp_size
     )
@@ -82,7 +81,7 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
         alignment=alignment,
         let_record=let_record,
         reporter=build_reporter(config, context, padded_vocab_size=padded, resumed_iteration=state.iteration),
-        tokenizer=TokenizerRecord(tokenizer.vocab_size, tokenizer.fingerprint),
+        tokenizer=remembered,
         batches=batch_plan(config, context.world_size),
         total_iterations=total_iterations,
     )
@@ -120,7 +119,7 @@ def _let_record(config: RunConfig, saved: dict[str, Any] | None, total_iteration
         stop = resolve_stop(
             total_iterations, stop_iters=let.let_stop_iters, stop_fraction=let.let_stop_fraction
         )
-        path = Path(str(let.let_teacher_load))
+        files = teacher_files(Path(str(let.let_teacher_load)))
         current = LetRecord(
             student_layer=let.let_student_layer or default_student_layer(config.transformer.num_layers),
             teacher_layer=let.let_teacher_layer,
@@ -129,7 +128,7 @@ def _let_record(config: RunConfig, saved: dict[str, Any] | None, total_iteration
             stop_fraction=None if let.let_stop_iters is not None else (let.let_stop_fraction or 0.0),
             loss=let.let_loss,
             projection=let.let_projection,
-            teacher_identity=teacher_identity(path) if path.is_dir() else None,
+            teacher_identity=None if files is None else teacher_identity(files),
         )
     if saved is None or config.checkpoint.finetune:
         return current
@@ -140,17 +139,17 @@ def _build_alignment(
     config: RunConfig, context: ParallelContext, student: Student, tokenizer: Tokenizer, record: LetRecord
 ) -> Alignment:
     """Build the teacher on the stage that owns layer k, and the tap there."""
-    teacher: Teacher | None = None
-    error: ConfigError | None = None
-    if find_layer(student.gpt_chunks, record.student_layer) is not None:
-        try:
-            # Building a model draws random numbers; the student's dropout must not depend on there being a teacher.
-            with torch.random.fork_rng(devices=[context.device] if context.is_on_gpu else []):
-                teacher = load_teacher(config, context)
-            _check_vocabulary(teacher, tokenizer)
-        except ConfigError as mistake:
-            error = mistake
-    context.raise_together(error)
+
+    def load() -> Teacher | None:
+        if find_layer(student.gpt_chunks, record.student_layer) is None:
+            return None
+        # Building a model draws random numbers; the student's dropout must not depend on there being a teacher.
+        with torch.random.fork_rng(devices=[context.device] if context.is_on_gpu else []):
+            teacher = load_teacher(config, context)
+        _check_vocabulary(teacher, tokenizer)
+        return teacher
+
+    teacher = context.together(load)
     return Alignment(
         AlignmentObjective(record.schedule(), record.student_layer),
         student,

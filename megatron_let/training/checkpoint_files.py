@@ -34,7 +34,7 @@ def partial_directory(root: Path, iteration: int) -> Path:
 
 def saved_iterations(root: Path) -> list[int]:
     """Return the iterations that have a checkpoint directory under `root`, newest first; partial ones left out."""
-    if not root.is_dir():
+    if not os.path.isdir(root):
         return []
     matches = (re.fullmatch(r"iter_(\d{7,})", entry.name) for entry in root.iterdir() if entry.is_dir())
     return sorted((int(match.group(1)) for match in matches if match), reverse=True)
@@ -48,8 +48,15 @@ def newest_iteration_directory(root: Path) -> Path:
     """
     iterations = saved_iterations(root)
     if not iterations:
-        raise ConfigError(f"{root} holds no checkpoint (a directory iter_0000100 or the like)")
+        raise ConfigError(f"{root} holds no checkpoint (a directory iter_0000100 or the like){hint_at(root)}")
     return iteration_directory(root, iterations[0])
+
+
+def hint_at(root: Path) -> str:
+    """Return what to give instead of a path that is one checkpoint, or a file; nothing for any other."""
+    if re.fullmatch(r"iter_\d{7,}", root.absolute().name) and os.path.isdir(root):
+        return f"; it looks like one checkpoint: give the directory above it, {root.absolute().parent}"
+    return "; it is a file: give a directory" if os.path.isfile(root) else ""
 
 
 def read_tracker(root: Path) -> int | None:
@@ -126,9 +133,11 @@ def find_damage(directory: Path, *, share: tuple[int, int] = (0, 1)) -> str | No
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
         expected = [(name, int(files[name]["bytes"]), str(files[name]["sha256"])) for name in sorted(files)]
+        if not expected or any(name != os.path.basename(name) for name in files):
+            raise ValueError("a checkpoint has files, in its own directory")
     except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is missing (not written by megatron_let, or not to its end)"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
     rank, world_size = share
     return _first(
@@ -141,9 +150,12 @@ def _first(problems: Iterable[str | None]) -> str | None:
 
 
 def _file_damage(path: Path, size: int, digest: str) -> str | None:
-    if path.parent != path.resolve().parent or not path.is_file():
+    if not path.is_file():
         return f"{path.name} is missing"
-    actual = path.stat().st_size
-    if actual != size:
-        return f"{path.name} has {actual} bytes instead of {size}"
-    return None if checksum(path) == digest else f"{path.name} does not match its checksum"
+    try:
+        actual = path.stat().st_size
+        if actual != size:
+            return f"{path.name} has {actual} bytes instead of {size}"
+        return None if checksum(path) == digest else f"{path.name} does not match its checksum"
+    except OSError as problem:
+        return f"{path.name} cannot be read ({problem.strerror or problem})"

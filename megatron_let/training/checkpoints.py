@@ -1,4 +1,4 @@
-"""Saving a run and starting from a saved one: which checkpoint, what must agree, what may change."""
+"""Saving a run and loading a saved one: what is written, what is taken back, what of the schedule may change."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ from megatron_let.config.run_config import RunConfig
 from megatron_let.errors import ConfigError, LetError
 from megatron_let.log import LOGGER
 from megatron_let.mcore.checkpoint import (
-    ITERATION,
-    RUN,
     SCHEDULER,
     Parts,
-    load_common,
     load_content,
     save_content,
 )
@@ -26,24 +23,6 @@ from megatron_let.training.let_record import LetRecord
 from megatron_let.training.state import TrainingState
 
 SETTINGS_FILE = "settings.yaml"
-
-# Settings that make another model: a checkpoint fits only a run that agrees on all of them.
-_MODEL_SETTINGS = (
-    ("transformer", "num_layers"),
-    ("transformer", "hidden_size"),
-    ("transformer", "ffn_hidden_size"),
-    ("transformer", "num_attention_heads"),
-    ("transformer", "num_query_groups"),
-    ("transformer", "kv_channels"),
-    ("transformer", "normalization"),
-    ("transformer", "add_bias_linear"),
-    ("transformer", "add_qkv_bias"),
-    ("transformer", "qk_layernorm"),
-    ("model", "swiglu"),
-    ("model", "squared_relu"),
-    ("model", "position_embedding_type"),
-    ("model", "untie_embeddings_and_output_weights"),
-)
 
 
 @dataclass(frozen=True)
@@ -116,93 +95,6 @@ def _attempt(root: Path, action: Callable[[], Result]) -> tuple[Result | None, L
             f"cannot write a checkpoint to {root}: {error.strerror or error}; free space or fix the directory and "
             "resume, the previous checkpoint is untouched"
         )
-
-
-def choose_checkpoint(config: RunConfig, context: ParallelContext) -> Path | None:
-    """Return the directory of the checkpoint to load, or None for a fresh start; every rank calls this.
-
-    The newest whole checkpoint is taken; a damaged newer one is named and skipped. `--load` naming the `--save`
-    directory is the usual requeue idiom and may find nothing; anywhere else an empty `--load` is an error.
-
-    Raises:
-        ConfigError: nothing (whole) to load, or damage under `--strict-load` or `--ckpt-step`.
-    """
-    if config.checkpoint.load is None:
-        return None
-    root = Path(config.checkpoint.load)
-    step = config.checkpoint.ckpt_step
-    iterations = context.from_rank_0(files.saved_iterations(root))
-    if step is not None:
-        if step not in iterations:
-            raise ConfigError(f"--ckpt-step {step}: {root} has checkpoints of {_listed(iterations)}")
-        iterations = [step]
-    if not iterations:
-        _say_fresh_start(config, root, tracked=context.from_rank_0(files.read_tracker(root)))
-        return None
-    for iteration in iterations:
-        directory = files.iteration_directory(root, iteration)
-        damage = _find_damage(directory, context)
-        if damage is None:
-            return directory
-        if config.checkpoint.strict_load or step is not None:
-            raise ConfigError(f"checkpoint {directory} is damaged: {damage}; choose another with --ckpt-step")
-        LOGGER.info(f"checkpoint {directory} is damaged and skipped: {damage}")
-    raise ConfigError(f"--load {root}: none of its checkpoints ({_listed(iterations)}) is whole")
-
-
-def _say_fresh_start(config: RunConfig, root: Path, *, tracked: int | None) -> None:
-    if tracked is not None:
-        raise ConfigError(
-            f"--load {root}: {files.TRACKER} names iteration {tracked} but no checkpoint is there"
-        )
-    save = config.checkpoint.save
-    is_own = save is not None and Path(save).resolve() == root.resolve()
-    if not is_own or config.checkpoint.exit_on_missing_checkpoint:
-        raise ConfigError(
-            f"--load {root} holds no checkpoint; check the path (only the --save directory may be empty: a first start)"
-        )
-    LOGGER.info(f"no checkpoint in {root}: starting from iteration 0")
-
-
-def _listed(iterations: list[int]) -> str:
-    return "no iteration" if not iterations else "iteration " + ", ".join(str(i) for i in iterations[:8])
-
-
-def _find_damage(directory: Path, context: ParallelContext) -> str | None:
-    found = context.gather(files.find_damage(directory, share=(context.rank, context.world_size)))
-    return next((damage for damage in found if damage is not None), None)
-
-
-def read_run(directory: Path, context: ParallelContext) -> dict[str, Any]:
-    """Return the plain values of a checkpoint: `state`, `config`, `let`, `vocab_size`, and the scheduler's state.
-
-    Raises:
-        ConfigError: it was not written by this project.
-    """
-    common = load_common(directory)
-    if RUN not in common:
-        raise ConfigError(
-            f"checkpoint {directory} was not written by megatron_let (iteration {common.get(ITERATION)})"
-        )
-    return {**common[RUN], SCHEDULER: common.get(SCHEDULER)}
-
-
-def tokenizer_fingerprint_of_checkpoint(directory: Path) -> str | None:
-    """Return the fingerprint of the tokenizer a checkpoint was trained with, or None when it does not say."""
-    fingerprint = load_common(directory).get(RUN, {}).get("tokenizer_fingerprint")
-    return None if fingerprint is None else str(fingerprint)
-
-
-def check_same_model(config: RunConfig, run: dict[str, Any], directory: Path) -> None:
-    """Raise a ConfigError that lists every model setting in which the checkpoint differs from this run."""
-    now, then = config.to_dict(), run["config"]
-    differences = [
-        f"{name} {now[section][name]} (checkpoint: {then[section].get(name)})"
-        for section, name in _MODEL_SETTINGS
-        if now[section][name] != then[section].get(name)
-    ]
-    if differences:
-        raise ConfigError(f"checkpoint {directory} holds another model: {'; '.join(differences)}")
 
 
 def load_checkpoint(

@@ -11,20 +11,15 @@ from megatron_let.data.manifest import manifest_path, read_manifest, require_man
 from megatron_let.data.tokenizers import Tokenizer
 from megatron_let.errors import ConfigError
 from megatron_let.log import LOGGER
-from megatron_let.mcore.datasets import SampleCounts, data_prefixes, splits_without_documents
+from megatron_let.mcore.datasets import data_prefixes
 from megatron_let.mcore.parallel import ParallelContext
+from megatron_let.training.checkpoint_choice import tokenizer_fingerprint_of_checkpoint
 from megatron_let.training.checkpoint_files import newest_iteration_directory
-from megatron_let.training.checkpoints import tokenizer_fingerprint_of_checkpoint
 from megatron_let.training.teachers import teacher_format
 
 
 def check_data(
-    config: RunConfig,
-    tokenizer: Tokenizer,
-    context: ParallelContext,
-    *,
-    counts: SampleCounts,
-    needs_teacher: bool,
+    config: RunConfig, tokenizer: Tokenizer, context: ParallelContext, *, needs_teacher: bool
 ) -> None:
     """Check the data files and that data, student and teacher share a tokenizer; every rank calls this.
 
@@ -32,34 +27,23 @@ def check_data(
     gets one warning; that token ids fit the vocabulary is checked in any case.
 
     Raises:
-        ConfigError: a damaged data set, one too small for --split, an id outside the vocabulary, or tokenizers
-            that differ.
+        ConfigError: a damaged data set, an id outside the vocabulary, or tokenizers that differ.
     """
-    error: ConfigError | None = None
-    if context.rank == 0:
-        try:
-            warnings = [
-                _check_prefix(prefix, tokenizer, config.data.split, counts)
-                for prefix in data_prefixes(config)
-            ]
-            if needs_teacher:
-                warnings.append(_check_teacher_tokenizer(config, tokenizer))
-            for warning in dict.fromkeys(filter(None, warnings)):
-                LOGGER.warning(warning)
-        except ConfigError as mistake:
-            error = mistake
-    context.raise_together(error)
+    for warning in context.on_rank_0(lambda: _check_all(config, tokenizer, needs_teacher=needs_teacher)):
+        LOGGER.warning(warning)
 
 
-def _check_prefix(prefix: str, tokenizer: Tokenizer, split: str | None, counts: SampleCounts) -> str | None:
+def _check_all(config: RunConfig, tokenizer: Tokenizer, *, needs_teacher: bool) -> list[str]:
+    """Check every data set and the teacher's tokenizer; return the warnings, each once."""
+    warnings = [_check_prefix(prefix, tokenizer) for prefix in data_prefixes(config)]
+    if needs_teacher:
+        warnings.append(_check_teacher_tokenizer(config, tokenizer))
+    return list(dict.fromkeys(warning for warning in warnings if warning is not None))
+
+
+def _check_prefix(prefix: str, tokenizer: Tokenizer) -> str | None:
     """Check one data set; return a warning when its tokenizer is unknown."""
     summary = check_indexed(prefix)
-    empty = [] if split is None else splits_without_documents(split, summary.sequences, counts)
-    if empty:
-        raise ConfigError(
-            f"--split {split} leaves no document of data set {prefix} ({summary.sequences} documents) for "
-            f"{' and '.join(empty)}; give it a larger share, a share of 0, or a path of its own"
-        )
     manifest = read_manifest(prefix)
     if manifest is not None:
         require_manifest_of(manifest, summary)

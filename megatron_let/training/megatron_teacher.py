@@ -74,4 +74,11 @@ def load_megatron_teacher(
         raise ConfigError(f"teacher checkpoint {directory} was not written by megatron_let; convert it first")
     gpt = load_frozen_gpt(directory, run["config"], layer=layer, dtype=dtype, device=context.device)
     shown = f"{directory} (layer {layer or 'last'}, width {gpt.hidden_size})"
-    return MegatronTeacher(gpt, vocab_size=int(run["vocab_size"]), description=shown)
+    teacher = MegatronTeacher(gpt, vocab_size=int(run["vocab_size"]), description=shown)
+    first_ids = torch.arange(min(2, teacher.vocab_size), device=context.device)[None]
+    if not bool(torch.isfinite(teacher.states(first_ids)).all()):
+        raise ConfigError(
+            f"teacher {directory} gives states that are not finite in {dtype}: its weights are damaged, or too large for "
+            "that --let-teacher-dtype"
+        )
+    return teacher

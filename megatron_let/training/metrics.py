@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 from megatron_let.config.logging import LoggingConfig
 from megatron_let.errors import ConfigError
-from megatron_let.optional import has_tensorboard, has_wandb
 from megatron_let.training.checkpoint_files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
@@ -112,13 +111,12 @@ class TensorBoard:
     """TensorBoard events, one scalar a field."""
 
     def __init__(self, directory: str) -> None:
-        if not has_tensorboard():
-            raise ConfigError(
-                "--tensorboard-dir needs the tensorboard package; install it or leave the flag out"
-            )
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(directory)
+        try:
+            self._writer = SummaryWriter(directory)
+        except OSError as problem:
+            raise ConfigError(f"--tensorboard-dir {directory}: {problem.strerror or problem}") from problem
 
     def write(self, row: Row) -> None:
         """Write every number of the row at its iteration."""
@@ -134,17 +132,21 @@ class WeightsAndBiases:
     """A W&B run."""
 
     def __init__(self, logging: LoggingConfig, settings: dict[str, Any]) -> None:
-        if not has_wandb():
-            raise ConfigError("--wandb-project needs the wandb package; install it or leave the flag out")
         import wandb
 
-        self._run = wandb.init(
-            project=logging.wandb_project,
-            entity=logging.wandb_entity,
-            name=logging.wandb_exp_name,
-            dir=logging.wandb_save_dir,
-            config=settings,
-        )
+        try:
+            self._run = wandb.init(
+                project=logging.wandb_project,
+                entity=logging.wandb_entity,
+                name=logging.wandb_exp_name,
+                dir=logging.wandb_save_dir,
+                config=settings,
+            )
+        except wandb.Error as problem:  # no key, no network, no such entity
+            reason = " ".join(str(problem).split())
+            raise ConfigError(
+                f"--wandb-project {logging.wandb_project}: {reason}; or set WANDB_MODE=offline"
+            ) from problem
 
     def write(self, row: Row) -> None:
         """Log every number of the row at its iteration."""

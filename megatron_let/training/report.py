@@ -135,22 +135,27 @@ class Reporter:
             sink.close()
 
 
+def _sinks(config: RunConfig, resumed_iteration: int) -> list[Sink]:
+    """Open what the rows go to; the file of an earlier part of the run is touched last, when nothing else can fail."""
+    sinks: list[Sink] = []
+    if config.logging.tensorboard_dir is not None:
+        sinks.append(TensorBoard(config.logging.tensorboard_dir))
+    if config.logging.wandb_project is not None:
+        sinks.append(WeightsAndBiases(config.logging, config.to_dict()))
+    if config.checkpoint.save is not None:
+        sinks.append(JsonLines(Path(config.checkpoint.save), resumed_iteration=resumed_iteration))
+    return sinks
+
+
 def build_reporter(
     config: RunConfig, context: ParallelContext, *, padded_vocab_size: int, resumed_iteration: int
 ) -> Reporter:
     """Open the sinks of rank 0 and look up what speed is held against.
 
     Raises:
-        ConfigError: a sink was asked for whose package is absent.
+        ConfigError: a sink cannot be opened.
     """
-    sinks: list[Sink] = []
-    if context.rank == 0:
-        if config.checkpoint.save is not None:
-            sinks.append(JsonLines(Path(config.checkpoint.save), resumed_iteration=resumed_iteration))
-        if config.logging.tensorboard_dir is not None:
-            sinks.append(TensorBoard(config.logging.tensorboard_dir))
-        if config.logging.wandb_project is not None:
-            sinks.append(WeightsAndBiases(config.logging, config.to_dict()))
+    sinks = context.together(lambda: _sinks(config, resumed_iteration) if context.rank == 0 else [])
     device_name = torch.cuda.get_device_name(context.device) if context.is_on_gpu else ""
     return Reporter(
         config,

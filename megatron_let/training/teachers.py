@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -12,7 +13,12 @@ from megatron_let.let import Teacher
 from megatron_let.let.hf_teacher import load_hf_teacher
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.mcore.transformer_config import compute_dtype
-from megatron_let.training.checkpoint_files import TRACKER, saved_iterations
+from megatron_let.training.checkpoint_files import (
+    TRACKER,
+    hint_at,
+    newest_iteration_directory,
+    saved_iterations,
+)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -24,9 +30,10 @@ def teacher_format(config: RunConfig) -> str:
         ConfigError: the directory is missing or is neither.
     """
     path = Path(str(config.let.let_teacher_load))
-    if not path.is_dir():
+    if not os.path.isdir(path):
+        problem = "is not a directory" if os.path.exists(path) else "does not exist"
         raise ConfigError(
-            f"--let-teacher-load {path} is not a directory; give a Hugging Face or a Megatron checkpoint"
+            f"--let-teacher-load {path} {problem}; give a Hugging Face or a Megatron checkpoint"
         )
     if config.let.let_teacher_format != "auto":
         return str(config.let.let_teacher_format)
@@ -36,7 +43,15 @@ def teacher_format(config: RunConfig) -> str:
         return "hf"
     raise ConfigError(
         f"--let-teacher-load {path} holds neither a config.json (Hugging Face) nor a {TRACKER} (Megatron checkpoint)"
+        f"{hint_at(path)}"
     )
+
+
+def teacher_files(path: Path) -> Path | None:
+    """Return the directory whose files make the teacher: `path`, or the newest checkpoint below it; None without one."""
+    if saved_iterations(path):
+        return newest_iteration_directory(path)
+    return path if os.path.isdir(path) else None
 
 
 def teacher_dtype(config: RunConfig) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -48,10 +49,10 @@ def check_split(split: str | None) -> None:
     """A split is one to three shares, the first (training) above zero."""
     if split is None:
         return
-    shares = [float(share) for share in re.findall(r"\d*\.?\d+", split)]
-    rest = re.sub(r"[\d.]|[\s,/'\"]", "", split)
+    words = re.split(r"[\s,/]+", split.strip(" '\""))
+    are_numbers = all(re.fullmatch(r"\d+\.?\d*|\.\d+", word) for word in words)
     require(
-        not rest and 1 <= len(shares) <= 3 and shares[0] > 0,
+        are_numbers and 1 <= len(words) <= 3 and float(words[0]) > 0,
         f"--split is up to three shares for training, validation and test such as 969,30,1, got {split}",
     )
 
@@ -67,8 +68,8 @@ def check_blend(flag: str, words: Sequence[str]) -> None:
         f"{flag} is one or more prefixes, or WEIGHT PREFIX WEIGHT PREFIX ..., got {' '.join(words)}",
     )
     require(
-        all(float(weight) >= 0 for weight in weights) and sum(float(weight) for weight in weights) > 0,
-        f"{flag} needs weights of 0 or more that are not all 0, got {' '.join(weights)}",
+        all(0 < float(weight) < math.inf for weight in weights),
+        f"{flag} needs weights above 0, got {' '.join(weights)}; leave out a data set that is not wanted",
     )
 
 

@@ -30,6 +30,14 @@ MINIMUM = {
 }
 """Smallest value -> names of fields, in whatever section they are."""
 
+MAXIMUM = {
+    # NumPy takes 32 bits, and every pipeline stage adds to the seed.
+    2**31 - 1: "seed",
+    # A year; torch keeps the timeout in 64 bits of a small unit.
+    525_600: "distributed_timeout_minutes",
+}
+"""Largest value -> names of fields whose larger values would fail far from here."""
+
 SHARES = "hidden_dropout attention_dropout lr_warmup_fraction adam_beta1 adam_beta2 rotary_percent let_stop_fraction"
 """Fields whose value is a share between 0 and 1."""
 
@@ -50,8 +58,9 @@ def check_required(config: RunConfig) -> None:
 
 
 def check_numbers(config: RunConfig) -> None:
-    """Raise ConfigError for a number below its smallest value or a share outside 0 to 1."""
+    """Raise ConfigError for a number below its smallest or above its largest value."""
     smallest = {name: minimum for minimum, names in MINIMUM.items() for name in names.split()}
+    largest = {name: maximum for maximum, names in MAXIMUM.items() for name in names.split()}
     shares = set(SHARES.split())
     for section in (getattr(config, item.name) for item in dataclasses.fields(config)):
         for item in dataclasses.fields(section):
@@ -62,5 +71,8 @@ def check_numbers(config: RunConfig) -> None:
                 minimum = smallest[item.name]
                 allowed = f"{minimum} or more"
                 require(value >= minimum, f"{flag_of(section, item.name)} is {allowed}, got {value}")
+            if item.name in largest:
+                maximum = largest[item.name]
+                require(value <= maximum, f"{flag_of(section, item.name)} is at most {maximum}, got {value}")
             if item.name in shares:
                 require(0 <= value <= 1, f"{flag_of(section, item.name)} is between 0 and 1, got {value}")

@@ -14,6 +14,8 @@ class Packages:
 
     transformer_engine: bool
     apex: bool
+    tensorboard: bool = True
+    wandb: bool = True
 
 
 def require(is_met: bool, message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_let.config.batches import batch_plan, train_iterations
-from megatron_let.config.checks.rules import given, require, require_takes_effect
+from megatron_let.config.checks.rules import Packages, given, require, require_takes_effect
 from megatron_let.config.run_config import RunConfig
 
 
@@ -180,9 +180,17 @@ def check_checkpoints(config: RunConfig) -> None:
         require_takes_effect(checkpoint, *loading, "exit_on_missing_checkpoint", needs="--load")
 
 
-def check_logging(config: RunConfig) -> None:
-    """Weights & Biases needs a project."""
+def check_logging(config: RunConfig, packages: Packages) -> None:
+    """TensorBoard and Weights & Biases need their packages, the latter's settings a project."""
     logging = config.logging
+    for flag, value, package, is_installed in (
+        ("--tensorboard-dir", logging.tensorboard_dir, "tensorboard", packages.tensorboard),
+        ("--wandb-project", logging.wandb_project, "wandb", packages.wandb),
+    ):
+        require(
+            value is None or is_installed,
+            f"{flag} needs the package {package}, which is not installed; install it or leave the flag out",
+        )
     if logging.wandb_project is None:
         require_takes_effect(
             logging, "wandb_exp_name", "wandb_entity", "wandb_save_dir", needs="--wandb-project"

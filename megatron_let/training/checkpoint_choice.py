@@ -1,0 +1,148 @@
+"""Which checkpoint a run starts from, and whether it is one of the same model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_let.config.run_config import RunConfig
+from megatron_let.errors import ConfigError
+from megatron_let.log import LOGGER
+from megatron_let.mcore.checkpoint import ITERATION, RUN, SCHEDULER, load_common
+from megatron_let.mcore.parallel import ParallelContext
+from megatron_let.training import checkpoint_files as files
+from megatron_let.training.checkpoints import TokenizerRecord
+
+# Settings that decide the shapes of the weights: a checkpoint fits only a run that agrees on all of them.
+_SHAPES = {
+    "transformer": """
+        num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization
+        add_bias_linear add_qkv_bias qk_layernorm
+    """,
+    "model": "swiglu squared_relu position_embedding_type untie_embeddings_and_output_weights",
+}
+# Settings that decide what the weights compute: only `--finetune` may change them.
+_MEANING = {
+    "transformer": "layernorm_epsilon layernorm_zero_centered_gamma rotary_interleaved apply_query_key_layer_scaling",
+    "model": """
+        rotary_base rotary_percent rotary_seq_len_interpolation_factor use_rope_scaling rope_scaling_factor
+        add_position_embedding
+    """,
+}
+
+
+def choose_checkpoint(config: RunConfig, context: ParallelContext) -> Path | None:
+    """Return the directory of the checkpoint to load, or None for a fresh start; every rank calls this.
+
+    The newest whole checkpoint is taken; a damaged newer one is named and skipped. `--load` naming the `--save`
+    directory is the usual requeue idiom and may find nothing; anywhere else an empty `--load` is an error.
+
+    Raises:
+        ConfigError: nothing (whole) to load, or damage under `--strict-load` or `--ckpt-step`.
+    """
+    if config.checkpoint.load is None:
+        return None
+    root = Path(config.checkpoint.load)
+    step = config.checkpoint.ckpt_step
+    iterations = context.on_rank_0(lambda: files.saved_iterations(root))
+    if step is not None:
+        if step not in iterations:
+            raise ConfigError(
+                f"--ckpt-step {step}: {root} has checkpoints of {_listed(iterations)}; choose one of these"
+            )
+        iterations = [step]
+    if not iterations:
+        context.on_rank_0(lambda: _say_fresh_start(config, root))
+        return None
+    damages = []
+    for iteration in iterations:
+        directory = files.iteration_directory(root, iteration)
+        damage = _find_damage(directory, context)
+        if damage is None:
+            return directory
+        if config.checkpoint.strict_load or step is not None:
+            raise ConfigError(f"checkpoint {directory} is damaged: {damage}; choose another with --ckpt-step")
+        LOGGER.warning(f"checkpoint {directory} is damaged and skipped: {damage}")
+        damages.append(f"iteration {iteration}: {damage}")
+    raise ConfigError(
+        f"--load {root}: none of its checkpoints is whole ({'; '.join(damages[:4])}); give another directory"
+    )
+
+
+def _say_fresh_start(config: RunConfig, root: Path) -> None:
+    if os.path.lexists(root / files.TRACKER):
+        raise ConfigError(
+            f"--load {root}: {files.TRACKER} says that there is a checkpoint, and there is none; restore it, or delete "
+            "that file to start anew"
+        )
+    save = config.checkpoint.save
+    is_own = save is not None and os.path.realpath(save) == os.path.realpath(root)
+    if not is_own or config.checkpoint.exit_on_missing_checkpoint:
+        raise ConfigError(
+            f"--load {root} holds no checkpoint{files.hint_at(root)}; check the path (only the --save directory may be "
+            "empty: a first start)"
+        )
+    LOGGER.info(f"no checkpoint in {root}: starting from iteration 0")
+
+
+def _listed(iterations: list[int]) -> str:
+    return "no iteration" if not iterations else "iteration " + ", ".join(str(i) for i in iterations[:8])
+
+
+def _find_damage(directory: Path, context: ParallelContext) -> str | None:
+    share = (context.rank, context.world_size)
+    found = context.gather(context.together(lambda: files.find_damage(directory, share=share)))
+    return next((damage for damage in found if damage is not None), None)
+
+
+def read_run(directory: Path, context: ParallelContext) -> dict[str, Any]:
+    """Return the plain values of a checkpoint: `state`, `config`, `let`, `vocab_size`, and the scheduler's state.
+
+    Raises:
+        ConfigError: it was not written by this project.
+    """
+    common = context.together(lambda: load_common(directory))
+    if RUN not in common:
+        raise ConfigError(
+            f"checkpoint {directory} (iteration {common.get(ITERATION)}) was not written by megatron_let; give one that was"
+        )
+    return {**common[RUN], SCHEDULER: common.get(SCHEDULER)}
+
+
+def tokenizer_fingerprint_of_checkpoint(directory: Path) -> str | None:
+    """Return the fingerprint of the tokenizer a checkpoint was trained with, or None when it does not say."""
+    fingerprint = load_common(directory).get(RUN, {}).get("tokenizer_fingerprint")
+    return None if fingerprint is None else str(fingerprint)
+
+
+def check_same_model(
+    config: RunConfig, tokenizer: TokenizerRecord, run: dict[str, Any], directory: Path
+) -> None:
+    """Raise a ConfigError that lists everything in which the checkpoint's model differs from this run's.
+
+    A model continued with `--finetune` may change what its weights mean, such as the base of its rotary embedding, but
+    not their shapes.
+    """
+    now, then = config.to_dict(), run["config"]
+    names = [(section, name) for section, text in _SHAPES.items() for name in text.split()]
+    if now["model"]["position_embedding_type"] == "learned_absolute":
+        names.append(("model", "max_position_embeddings"))
+    if not config.checkpoint.finetune:
+        names += [(section, name) for section, text in _MEANING.items() for name in text.split()]
+    pairs = [(name, now[section][name], then[section].get(name)) for section, name in names]
+    pairs.append(("token ids", tokenizer.vocab_size, run["vocab_size"]))
+    differences = [f"{name} {mine} (checkpoint: {theirs})" for name, mine, theirs in pairs if mine != theirs]
+    if differences:
+        raise ConfigError(
+            f"checkpoint {directory} holds another model: {', '.join(differences)}; give its settings or another --load"
+        )
+    mine, theirs = tokenizer.fingerprint, run["tokenizer_fingerprint"]
+    if None in (mine, theirs) or mine == theirs:
+        return
+    message = (
+        f"checkpoint {directory} was trained with another tokenizer ({theirs[:12]}, now {str(mine)[:12]})"
+    )
+    if not config.checkpoint.finetune:
+        raise ConfigError(f"{message}; give its tokenizer, or --finetune to start anew from its weights")
+    LOGGER.warning(message)

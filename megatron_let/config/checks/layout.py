@@ -32,7 +32,6 @@ def check_tensor_parallel(config: RunConfig) -> None:
         f"--num-query-groups {groups} is neither a multiple nor a divisor of {name} {tensor}; change one of them",
     )
     if transformer.sequence_parallel:
-        require(tensor > 1, f"--sequence-parallel needs {name} of 2 or more, got {tensor}; leave it out")
         what = "--seq-length" if context == 1 else "--seq-length / --context-parallel-size ="
         require_divisible(model.seq_length // context, tensor, what, name, "sequence parallel splits it")
 

@@ -80,7 +80,7 @@ def test_context_parallel_ranks_get_the_chunks_megatron_core_gives_them(size: in
             patch.object(mcore_utils, "get_pg_size", lambda group: group.size()),
             patch.object(mcore_utils, "get_pg_rank", lambda group: group.rank()),
         ):
-            expected = mcore_utils.get_batch_on_this_cp_rank({"tokens": tensor.clone()}, group)["tokens"]  # type: ignore[arg-type]
+            expected = mcore_utils.get_batch_on_this_cp_rank({"tokens": tensor.clone()}, group)["tokens"]
         assert torch.equal(context_parallel_slice(tensor, dim=1, rank=rank, size=size), expected)
         moved = context_parallel_slice(tensor.transpose(0, 1), dim=0, rank=rank, size=size)
         assert torch.equal(moved.transpose(0, 1), expected)

@@ -20,7 +20,6 @@ from megatron_let.mcore.datasets import (
     build_datasets,
     data_prefixes,
     microbatches,
-    splits_without_documents,
 )
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.testing.training import TINY_STUDENT, arguments, write_token_files
@@ -109,7 +108,7 @@ def test_labels_are_the_next_tokens_and_nothing_is_padding(
     prefix: Path, one_process: ParallelContext
 ) -> None:
     config = config_of(prefix)
-    train = build_datasets(config, Tokenizer(), SampleCounts(train=40, valid=0, test=0)).train
+    train = build_datasets(config, Tokenizer(), SampleCounts(train=40, valid=0, test=0), one_process).train
     assert len(train) >= 40  # type: ignore[arg-type]
     for index in range(40):
         tokens, labels = train[index]["tokens"], train[index]["labels"]
@@ -122,7 +121,7 @@ def test_microbatches_hold_tokens_and_labels_of_this_ranks_samples(
     prefix: Path, one_process: ParallelContext
 ) -> None:
     config = config_of(prefix)
-    train = build_datasets(config, Tokenizer(), SampleCounts(train=40, valid=0, test=0)).train
+    train = build_datasets(config, Tokenizer(), SampleCounts(train=40, valid=0, test=0), one_process).train
     second_of_two = dataclasses.replace(one_process, dp_rank=1, dp_size=2)
     batch = next(microbatches(train, config, second_of_two, consumed_samples=8))
     assert batch.keys() == {"tokens", "labels"}
@@ -136,7 +135,9 @@ def test_the_same_seed_gives_the_same_order_and_another_seed_another(
 ) -> None:
     def order(seed: int, cache: str) -> torch.Tensor:
         config = config_of(prefix, seed=seed, data_cache_path=tmp_path / cache)
-        train = build_datasets(config, Tokenizer(), SampleCounts(train=20, valid=0, test=0)).train
+        train = build_datasets(
+            config, Tokenizer(), SampleCounts(train=20, valid=0, test=0), one_process
+        ).train
         return torch.stack([train[i]["tokens"] for i in range(20)])
 
     assert torch.equal(order(1, "a"), order(1, "b"))
@@ -145,39 +146,12 @@ def test_the_same_seed_gives_the_same_order_and_another_seed_another(
 
 def test_splits_are_built_where_they_are_asked_for(prefix: Path, one_process: ParallelContext) -> None:
     splits = build_datasets(
-        config_of(prefix, split="80,20,0"), Tokenizer(), SampleCounts(train=10, valid=4, test=0)
+        config_of(prefix, split="80,20,0"), Tokenizer(), SampleCounts(train=10, valid=4, test=0), one_process
     )
     assert len(splits.train) >= 10  # type: ignore[arg-type]
     assert splits.valid is not None
     assert len(splits.valid) >= 4  # type: ignore[arg-type]
     assert splits.test is None
-
-
-@pytest.mark.parametrize(
-    ("split", "num_sequences", "counts", "empty"),
-    [
-        ("969,30,1", 10, (8, 8, 8), ["validation", "test"]),  # 9.69 and 9.99 both round to 10
-        ("969,30,1", 400, (8, 8, 8), ["test"]),
-        ("969,30,1", 600, (8, 8, 8), []),
-        ("969,30,1", 10, (8, 0, 0), []),
-        ("1,99", 10, (8, 8, 8), ["training"]),
-        ("90,10", 10, (8, 8, 8), []),  # a share of 0 asks for nothing
-    ],
-)
-def test_a_split_that_rounds_to_nothing_is_found(
-    split: str, num_sequences: int, counts: tuple[int, int, int], empty: list[str]
-) -> None:
-    assert splits_without_documents(split, num_sequences, SampleCounts(*counts)) == empty
-
-
-def test_the_splits_are_those_of_megatron_core(tmp_path: Path, one_process: ParallelContext) -> None:
-    """Where no split is found empty, core builds all three; it rounds as we do."""
-    write_token_files(tmp_path / "seven", [[1, 2, 3, 60]] * 7)
-    counts = SampleCounts(train=2, valid=2, test=2)
-    split = "5,1,1"
-    assert splits_without_documents(split, 7, counts) == []
-    splits = build_datasets(config_of(tmp_path / "seven", split=split), Tokenizer(), counts)
-    assert all(part is not None and len(part) >= 2 for part in (splits.train, splits.valid, splits.test))  # type: ignore[arg-type]
 
 
 def test_prefixes_leave_out_weights_and_repeats() -> None:

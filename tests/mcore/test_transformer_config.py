@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from megatron_let.config.derive import resolve
@@ -12,7 +14,9 @@ from megatron_let.training.arguments import parse_arguments
 
 def test_no_activation_needs_a_compiler_on_cpu() -> None:
     for flag in ("--swiglu", "--squared-relu", None):
-        changes = {"--mock-data": None, "--swiglu": False, **({} if flag is None else {flag: None})}
+        changes: dict[str, Any] = {"--mock-data": None, "--swiglu": False}
+        if flag is not None:
+            changes[flag] = None
         config = resolve(parse_arguments(arguments(TINY_STUDENT, changes)), 1)
         activation = build_transformer_config(config, is_on_gpu=False).activation_func
         assert not hasattr(activation, "_torchdynamo_orig_callable"), flag  # what torch.compile leaves

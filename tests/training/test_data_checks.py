@@ -15,5 +15,5 @@ def test_a_data_set_too_small_for_its_split_is_refused(pool: RankPool, tmp_path:
     messages = pool.run(2, refusal, arguments(TINY_STUDENT, changes), timeout=60.0)
     assert messages[0] is not None
     assert messages[0] == messages[1]
-    assert messages[0].startswith("--split 969,30,1 leaves no document of data set")
-    assert "(10 documents) for validation and test" in messages[0]
+    assert "the validation share of data set" in messages[0]
+    assert "holds 0 tokens (--split 969,30,1)" in messages[0]

@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.utils._device import _device_constructors
 
 # Megatron's optimizer and gradient clipping recognise supported parameters by these strings.
 CUDA_TYPE_NAMES = {
@@ -90,6 +91,9 @@ def cpu_backend() -> Iterator[None]:
         raise RuntimeError("the CPU backend was entered on a machine with a GPU")
     import megatron.core.tensor_parallel.random as mcore_random
 
+    # A `with torch.device(...)`, by which transformers builds models, looks once for the functions that make tensors and
+    # remembers them: it must find torch's own.
+    _device_constructors()
     replacements: list[tuple[Any, str, Any]] = [
         (torch.cuda, "current_device", lambda: torch.device("cpu")),
         (torch.cuda, "get_rng_state", _get_rng_state),

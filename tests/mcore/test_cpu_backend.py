@@ -12,6 +12,7 @@ import megatron.core.tensor_parallel.random as mcore_random
 import pytest
 import torch
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import _device_constructors
 
 from megatron_let.mcore.cpu_backend import FACTORIES, cpu_backend
 
@@ -83,6 +84,14 @@ def test_tensors_call_themselves_what_the_optimizer_looks_for(dtype: torch.dtype
     with cpu_backend():
         assert torch.zeros(1, dtype=dtype).type() == name
         assert torch.zeros(1, dtype=dtype).type(torch.float64).dtype is torch.float64
+
+
+def test_a_device_context_works_inside_and_afterwards() -> None:
+    _device_constructors.cache_clear()
+    with cpu_backend(), torch.device("meta"):
+        assert torch.empty(2).device == torch.device("meta")
+    with torch.device("meta"):
+        assert torch.zeros(2).device == torch.device("meta")
 
 
 def test_ordinary_calls_take_no_detour() -> None:

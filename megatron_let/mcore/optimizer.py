@@ -32,6 +32,7 @@ def build_optimizer(config: RunConfig, student: Student) -> MegatronOptimizer:
         config_overrides=get_standard_config_overrides(config=core),
         use_gloo_process_groups=False,
     )
+    _use_fused_adam_on_cpu(optimizer)
     student.core_config.grad_scale_func = optimizer.scale_loss
     student.core_config.finalize_model_grads_func = finalize_model_grads
     _tie_overlapped_communication(config, student)
@@ -125,13 +126,31 @@ def load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     for adam in _distributed_adams(optimizer):
         for parameter_state in adam.state.values():
             parameter_state["step"] = parameter_state["step"].clone()
+    _use_fused_adam_on_cpu(optimizer)
+
+
+def _use_fused_adam_on_cpu(optimizer: MegatronOptimizer) -> None:
+    """Let torch's Adam update a parameter in one pass instead of a dozen.
+
+    megatron-core builds it with the defaults, and a load brings those of the checkpoint back.
+    """
+    for _, adam in _torch_adams(optimizer):
+        for group in adam.param_groups:
+            if all(parameter.device.type == "cpu" for parameter in group["params"]):
+                group["fused"] = True
 
 
 def _distributed_adams(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
     """Yield torch's own Adam inside each distributed optimizer (fused optimizers keep the step in their groups)."""
+    for part, adam in _torch_adams(optimizer):
+        if isinstance(part, DistributedOptimizer):
+            yield adam
+
+
+def _torch_adams(
+    optimizer: MegatronOptimizer,
+) -> Iterator[tuple[MegatronOptimizer, torch.optim.Optimizer]]:
+    """Yield each part of Megatron's optimizer that steps by torch's own Adam, and that Adam."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = part.optimizer
-        if isinstance(part, DistributedOptimizer) and isinstance(
-            inner, (torch.optim.Adam, torch.optim.AdamW)
-        ):
-            yield inner
+        if isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+            yield part, part.optimizer

@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_let.config.run_config import RunConfig
 from megatron_let.errors import ConfigError, LetError
+from megatron_let.mcore.stock_kernels import stock_kernels
 
 Value = TypeVar("Value")
 
@@ -152,6 +153,7 @@ def parallel_context(config: RunConfig) -> Iterator[ParallelContext]:
             from megatron_let.mcore.cpu_backend import cpu_backend
 
             stack.enter_context(cpu_backend())
+        stack.enter_context(stock_kernels())
         device = _select_device(backend)
         if not dist.is_initialized():
             stack.enter_context(_process_group(backend, config.parallel.distributed_timeout_minutes))

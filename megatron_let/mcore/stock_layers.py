@@ -16,9 +16,11 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_let.mcore.stock_kernels import rms_norm
+
 
 class StockNorm(torch.nn.Module):
-    """LayerNorm or RMSNorm as `config.normalization` says, computed in fp32 inside torch's kernels.
+    """LayerNorm or RMSNorm as `config.normalization` says, computed in fp32.
 
     Under sequence parallel each rank sees a slice of the sequence, so the weight's gradient is a partial sum; the
     attribute `sequence_parallel` on the parameters makes Megatron add them over the tensor-parallel group.
@@ -41,6 +43,8 @@ class StockNorm(torch.nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normalise the last dimension of `hidden` [..., h]."""
         weight = self.weight + 1 if self.is_zero_centered else self.weight
+        if self.is_rms and hidden.device.type == "cpu":
+            return rms_norm(hidden, weight, self.eps)
         if self.is_rms:
             return F.rms_norm(hidden, weight.shape, weight, self.eps)
         return F.layer_norm(hidden, weight.shape, weight, self.bias, self.eps)

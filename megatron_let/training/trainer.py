@@ -75,21 +75,9 @@ class Trainer:
 
     def _train(self) -> int:
         config = self.run.config
-        iterators = data_iterators(
-            config,
-            self.run.context,
-            self.run.parts.student,
-            self.run.forward_step,
-            self.run.data.train,
-            consumed_samples=self.state.consumed_samples,
-        )
-        if config.training.manual_gc:
-            gc.disable()
-        self._interval.start()
+        iterators = self.open_data()
         while self.state.iteration < self._total and not config.validation.skip_train:
-            self._release_teacher_when_due()
-            self._iterate(iterators)
-            self._after_iteration()
+            self.step(iterators)
             exit_code = self._exit_code()
             if exit_code is not None:
                 self._save()
@@ -98,6 +86,27 @@ class Trainer:
         self._validate(self.run.data.valid, "validation")
         self._validate(self.run.data.test, "test")
         return EXIT_DONE
+
+    def open_data(self) -> list[Any]:
+        """Return the iterators that `step` reads, one a model chunk, from where the run stands; the clock starts."""
+        run = self.run
+        if run.config.training.manual_gc:
+            gc.disable()
+        self._interval.start()
+        return data_iterators(
+            run.config,
+            run.context,
+            run.parts.student,
+            run.forward_step,
+            run.data.train,
+            consumed_samples=self.state.consumed_samples,
+        )
+
+    def step(self, iterators: list[Any]) -> None:
+        """Do one iteration with all that belongs to it: release, optimizer step, log, validation, checkpoint."""
+        self._release_teacher_when_due()
+        self._iterate(iterators)
+        self._after_iteration()
 
     def _iterate(self, iterators: list[Any]) -> None:
         """One optimizer step over one global batch; an fp16 overflow skips the update and is counted."""

@@ -91,8 +91,10 @@ def read_yaml(path: str) -> dict[str, Any]:
     """Return the mapping in a config file; raise ConfigError when it cannot be read as one."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise ConfigError(f"--config {path} cannot be read: {problem}") from problem
+    except OSError as problem:
+        raise ConfigError(f"--config {path} cannot be read: {problem.strerror or problem}") from problem
+    except UnicodeDecodeError as problem:
+        raise ConfigError(f"--config {path} cannot be read: it is not UTF-8 text") from problem
     try:
         content = yaml.load(text, Loader=_NoDuplicates)
     except yaml.YAMLError as problem:

@@ -216,8 +216,9 @@ class BareLoop:
             self._model = nn.parallel.DistributedDataParallel(gpt, device_ids=ids)
         decayed = [parameter for parameter in gpt.parameters() if parameter.dim() > 1]
         others = [parameter for parameter in gpt.parameters() if parameter.dim() == 1]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
         self._optimizer = torch.optim.AdamW(
-            [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
+            groups,
             lr=settings.learning_rate,
             betas=settings.betas,
             eps=settings.eps,

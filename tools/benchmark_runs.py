@@ -155,7 +155,9 @@ def write_random_tokens(prefix: Path, *, num_tokens: int, vocab_size: int) -> No
     with IndexedWriter(str(prefix), "uint16") as writer:
         for _ in range(-(-num_tokens // length)):
             ids = random.integers(0, vocab_size - 1, length, dtype=np.uint16)
-            writer.add_documents(ids.tobytes(), np.asarray([length], np.int32).tobytes(), np.ones(1, np.int32).tobytes())
+            writer.add_documents(
+                ids.tobytes(), np.asarray([length], np.int32).tobytes(), np.ones(1, np.int32).tobytes()
+            )
         writer.finish()
 
 

@@ -23,7 +23,9 @@ class BenchmarkShape:
     num_microbatches: int = 1
 
 
-def _gpt(layers: int, width: int, ffn: int, heads: int, *, seq_length: int, vocab_size: int = 2048) -> GptShape:
+def _gpt(
+    layers: int, width: int, ffn: int, heads: int, *, seq_length: int, vocab_size: int = 2048
+) -> GptShape:
     return GptShape(
         num_layers=layers,
         hidden_size=width,

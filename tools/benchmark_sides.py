@@ -56,7 +56,9 @@ class Side:
         self._ranks: list[tuple[Any, connection.Connection]] = []
         context, port = get_context("spawn"), free_port()
         for rank in range(world_size):
-            placement = Placement(rank, world_size, port, num_threads, cores_of(rank, world_size, num_threads))
+            placement = Placement(
+                rank, world_size, port, num_threads, cores_of(rank, world_size, num_threads)
+            )
             ours, theirs = context.Pipe()
             program = context.Process(target=_serve, args=(theirs, os.getpid(), build, settings, placement))
             program.start()

@@ -26,9 +26,7 @@ def stock_kernels() -> Iterator[None]:
 
     Kernels of Transformer Engine or apex, where megatron-core found them, stay in use.
     """
-    replacements: list[tuple[Any, str, Any]] = [
-        (rope_utils, "_apply_rotary_pos_emb_bshd", rotate_positions)
-    ]
+    replacements: list[tuple[Any, str, Any]] = [(rope_utils, "_apply_rotary_pos_emb_bshd", rotate_positions)]
     if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
         replacements.append((clip_grads, "l2_norm_impl", multi_tensor_l2_norm))
     if clip_grads.multi_tensor_scale_impl is local_multi_tensor_scale:
@@ -103,5 +101,7 @@ class _RmsNorm(torch.autograd.Function):
         weight_gradient = product.flatten(0, -2).sum(0)  # [h]
         # what normalising takes away: the part of the gradient along the state
         along = torch.mv(product.flatten(0, -2), weight.float()).div_(states.shape[-1])  # [n]
-        states_gradient = (gradient.float() * weight).addcmul_(unit, along.view_as(inverse), value=-1).mul_(inverse)
+        states_gradient = (
+            (gradient.float() * weight).addcmul_(unit, along.view_as(inverse), value=-1).mul_(inverse)
+        )
         return states_gradient.to(states.dtype), weight_gradient.to(weight.dtype), None

@@ -257,7 +257,7 @@ def test_settings_that_contradict(parse: Parse, words: str, expected: str) -> No
         ("", "got none"),
         ("--data-path 0.3 a 0.7", "--data-path is one or more prefixes, or WEIGHT PREFIX"),
         ("--data-path a 0.3 b 0.7", "--data-path is one or more prefixes, or WEIGHT PREFIX"),
-        ("--data-path -1 a 2 b", "needs weights of 0 or more"),
+        ("--data-path -1 a 2 b", "needs weights above 0"),
         ("--valid-data-path a", "--valid-data-path without --train-data-path"),
         ("--train-data-path a --split 90,5,5", "--split cannot take effect with one path for each split"),
     ],

@@ -107,7 +107,9 @@ def test_a_kernel_asked_for_by_name_and_absent(changes: dict[str, Any]) -> None:
 
 
 def test_a_flag_that_would_train_in_bf16_without_a_word_without_its_package() -> None:
-    assert "--fp8-recipe cannot take effect without --fp8-format" in message_of({"--fp8-recipe": "tensorwise"})
+    assert "--fp8-recipe cannot take effect without --fp8-format" in message_of(
+        {"--fp8-recipe": "tensorwise"}
+    )
 
 
 @pytest.mark.parametrize("flag", ["--tensorboard-dir", "--wandb-project"])

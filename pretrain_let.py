@@ -2,7 +2,7 @@
 
     python -m megatron_let.launch --nproc-per-node 8 pretrain_let.py --num-layers 24 ... --let-teacher-load DIR
 
-Flags: docs/flags.md, or --help.
+Flags: --help, docs/flags.md.
 """
 
 from __future__ import annotations
@@ -27,10 +27,8 @@ def main(report: RunReport) -> int:
 
     report.saves_to(save_directory_of(sys.argv[1:]))
     config = resolve(parse_arguments(sys.argv[1:]), int(os.environ.get("WORLD_SIZE", "1")))
-    with (
-        stop_on_signal(is_on=config.training.exit_signal_handler) as stop,
-        parallel_context(config) as context,
-    ):
+    is_caught = config.training.exit_signal_handler
+    with stop_on_signal(is_on=is_caught) as stop, parallel_context(config) as context:
         trainer = build_trainer(config, context, stop)
         try:
             return trainer.fit()

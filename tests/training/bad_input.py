@@ -83,7 +83,7 @@ def assert_readable(message: str) -> None:
     """Assert that a message is one line of a length that a person reads."""
     assert message
     assert "\n" not in message
-    assert len(message) < 700
+    assert len(message) < 1000
 
 
 def content_of(directory: Path) -> dict[str, bytes | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import Any, NamedTuple, Protocol
 from unittest.mock import patch
 
@@ -148,11 +149,12 @@ def _build_splits(config: RunConfig, tokenizer: DataTokenizer, counts: SampleCou
             f"the index of the samples cannot be kept in {where}: {problem.strerror or problem}; give a writable "
             "directory with --data-cache-path"
         ) from problem
-    except (AssertionError, ValueError, IndexError, MemoryError) as problem:
+    except (AssertionError, ValueError, IndexError, EOFError, MemoryError, UnpicklingError) as problem:
         reason = " ".join(str(problem).split()) or type(problem).__name__
+        cache = config.data.data_cache_path or "cache/GPTDataset_indices beside the data"
         raise ConfigError(
-            f"the samples of {', '.join(data_prefixes(config)) or 'the mock data'} cannot be indexed: {reason}; "
-            "check --data-path, --split and the length of the run"
+            f"the samples of {', '.join(data_prefixes(config)) or 'the mock data'} cannot be indexed: {reason}; if "
+            f"nothing is wrong with --data-path and the length of the run, delete {cache}"
         ) from problem
 
 

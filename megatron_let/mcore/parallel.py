@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -68,9 +70,7 @@ class ParallelContext:
 
     def gather(self, value: Value) -> list[Value]:
         """Return the value of every rank, in rank order; every rank must call this."""
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+        return _gathered(value)
 
     def from_rank_0(self, value: Value) -> Value:
         """Return rank 0's value on every rank; every rank must call this."""
@@ -157,6 +157,7 @@ def parallel_context(config: RunConfig) -> Iterator[ParallelContext]:
         device = _select_device(backend)
         if not dist.is_initialized():
             stack.enter_context(_process_group(backend, config.parallel.distributed_timeout_minutes))
+        _require_same_settings(config)
         stack.enter_context(_model_parallel_groups(config))
         seed_everything(config)
         yield _describe(config, device)
@@ -204,6 +205,37 @@ def _process_group(backend: str, timeout_minutes: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _require_same_settings(config: RunConfig) -> None:
+    """Raise ConfigError on every rank when one was started with other settings, which would end in a hang.
+
+    Where logs and index caches are may differ from machine to machine.
+    """
+    mine = config.to_dict()
+    mine["data"].pop("data_cache_path")
+    mine.pop("logging")
+    digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).digest()
+    if len(set(_gathered(digest))) == 1:
+        return
+    everyone = _gathered(mine)
+    for rank, other in enumerate(everyone):
+        different = [
+            f"{name} {other[section][name]} (rank 0: {value})"
+            for section, values in everyone[0].items()
+            for name, value in values.items()
+            if other[section][name] != value
+        ]
+        if different:
+            raise ConfigError(
+                f"rank {rank} was started with other settings than rank 0: {', '.join(different[:8])}; start all alike"
+            )
+
+
+def _gathered(value: Value) -> list[Value]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 @contextmanager

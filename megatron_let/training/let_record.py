@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_let.config.let import LetConfig
 from megatron_let.errors import ConfigError
+from megatron_let.exit_status import EXIT_STATUS_FILE
 from megatron_let.let import LetSchedule
 
 # Files of a teacher directory that decide what it computes.
@@ -48,6 +49,8 @@ def teacher_identity(directory: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(directory.iterdir()):
         if not path.is_file() or not path.name.endswith(_IDENTITY_SUFFIXES) or "tokenizer" in path.name:
+            continue
+        if path.name == EXIT_STATUS_FILE:  # says how a run ended that was told to save here
             continue
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())

@@ -33,7 +33,8 @@ def teacher_format(config: RunConfig) -> str:
     if not os.path.isdir(path):
         problem = "is not a directory" if os.path.exists(path) else "does not exist"
         raise ConfigError(
-            f"--let-teacher-load {path} {problem}; give a Hugging Face or a Megatron checkpoint"
+            f"--let-teacher-load {path} {problem}; give the directory of a Hugging Face model (downloaded before) "
+            "or of a Megatron checkpoint"
         )
     if config.let.let_teacher_format != "auto":
         return str(config.let.let_teacher_format)

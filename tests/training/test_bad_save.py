@@ -13,9 +13,10 @@ import pytest
 from megatron_let.errors import EXIT_DONE, ConfigError
 from megatron_let.mcore import parallel
 from megatron_let.testing.distributed import RankPool
+from megatron_let.testing.training import TINY_STUDENT, arguments
 from megatron_let.training import save_directory
 from megatron_let.training.metrics import TensorBoard, WeightsAndBiases
-from tests.training.bad_input import content_of, refusal, run
+from tests.training.bad_input import MISTAKE_TIMEOUT, Outcome, content_of, outcome, refusal, run
 
 NO_DATA = {"--data-path": "nowhere", "--train-iters": 1}
 """Settings whose data would be the next mistake to be found."""
@@ -131,3 +132,19 @@ def test_logs_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=writer))
     with pytest.raises(ConfigError, match="--tensorboard-dir /x: Permission denied"):
         TensorBoard("/x")
+
+
+def train_by_rank(changes: list[dict[str, Any]]) -> Outcome:
+    """Run the tiny student with the changes of this rank."""
+    return outcome(arguments(TINY_STUDENT, changes[int(os.environ["RANK"])]))
+
+
+def test_ranks_that_were_started_with_different_settings(pool: RankPool, tmp_path: Path) -> None:
+    base = {"--mock-data": None, "--train-iters": 1}
+    apart = [base, {**base, "--tensor-model-parallel-size": 2, "--lr": 1e-4}]
+    outcomes = pool.run(2, train_by_rank, apart, timeout=MISTAKE_TIMEOUT)
+    assert len({each.message for each in outcomes}) == 1
+    assert outcomes[0].message.startswith("rank 1 was started with other settings than rank 0: ")
+    assert "tensor_model_parallel_size 2 (rank 0: 1), lr 0.0001 (rank 0: 0.003)" in outcomes[0].message
+    alike = [{**base, "--tensorboard-dir": tmp_path / str(rank)} for rank in (0, 1)]
+    assert [each.code for each in pool.run(2, train_by_rank, alike)] == [EXIT_DONE, EXIT_DONE]

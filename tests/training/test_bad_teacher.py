@@ -86,7 +86,7 @@ def test_damage_that_only_the_owner_stage_sees(
 PLACES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "nowhere": (
         lambda root: root / "nowhere",
-        "does not exist; give a Hugging Face or a Megatron checkpoint",
+        "does not exist; give the directory of a Hugging Face model (downloaded before) or",
     ),
     "too long": (lambda root: root / ("x" * 256), "does not exist"),
     "a file": (lambda root: root / "teacher" / "config.json", "is not a directory"),

@@ -31,7 +31,7 @@ class Attached:
         self.seen: list[tuple[str, float]] = []
 
     def __call__(self, hidden: torch.Tensor, target: str) -> torch.Tensor:
-        self.seen.append((target, float(hidden.flatten()[0])))
+        self.seen.append((target, float(hidden.detach().flatten()[0])))
         return hidden * 2
 
 

@@ -9,8 +9,6 @@ from types import MappingProxyType
 from benchmark_reference import GptShape, LoopSettings
 
 LOG_INTERVAL = 10
-# Enough for everything a call does; a constant learning rate makes the length of a run irrelevant.
-NUM_SAMPLES_PLANNED = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -19,19 +17,31 @@ class BenchmarkShape:
 
     student: GptShape
     teacher: GptShape
+    micro_batch_size: int
     global_batch_size: int
-    num_microbatches: int = 1
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Return the tokens of a global batch."""
+        return self.global_batch_size * self.student.seq_length
 
 
 def _gpt(
-    layers: int, width: int, ffn: int, heads: int, *, seq_length: int, vocab_size: int = 2048
+    layers: int,
+    width: int,
+    ffn: int,
+    heads: int,
+    *,
+    seq_length: int,
+    vocab_size: int = 2048,
+    groups: int | None = None,
 ) -> GptShape:
     return GptShape(
         num_layers=layers,
         hidden_size=width,
         ffn_hidden_size=ffn,
         num_heads=heads,
-        num_query_groups=heads,
+        num_query_groups=groups or heads,
         seq_length=seq_length,
         vocab_size=vocab_size,
     )
@@ -40,24 +50,26 @@ def _gpt(
 SHAPES: Mapping[str, BenchmarkShape] = MappingProxyType(
     {
         "quickstart": BenchmarkShape(
-            _gpt(8, 192, 512, 6, seq_length=128), _gpt(4, 96, 240, 3, seq_length=128), global_batch_size=8
+            _gpt(8, 192, 512, 6, seq_length=128), _gpt(4, 96, 240, 3, seq_length=128), 4, 8
         ),
         "large": BenchmarkShape(
-            _gpt(8, 256, 688, 8, seq_length=512), _gpt(4, 128, 344, 4, seq_length=512), global_batch_size=4
+            _gpt(8, 256, 688, 8, seq_length=512), _gpt(4, 128, 344, 4, seq_length=512), 2, 4
         ),
         # For the memory figures: a teacher large enough to be seen beside an interpreter with its libraries.
         "large-teacher": BenchmarkShape(
-            _gpt(8, 256, 688, 8, seq_length=512), _gpt(8, 512, 1376, 8, seq_length=512), global_batch_size=4
+            _gpt(8, 256, 688, 8, seq_length=512), _gpt(8, 512, 1376, 8, seq_length=512), 2, 4
         ),
         "1.4B": BenchmarkShape(
             _gpt(24, 2048, 5504, 16, seq_length=2048, vocab_size=49152),
-            _gpt(30, 576, 1536, 9, seq_length=2048, vocab_size=49152),
-            global_batch_size=8,
+            _gpt(30, 576, 1536, 9, seq_length=2048, vocab_size=49152, groups=3),
+            4,
+            8,
         ),
         "tiny": BenchmarkShape(
-            _gpt(2, 32, 64, 2, seq_length=16, vocab_size=128),
+            _gpt(2, 32, 64, 4, seq_length=16, vocab_size=128, groups=2),
             _gpt(1, 16, 32, 2, seq_length=16, vocab_size=128),
-            global_batch_size=2,
+            1,
+            2,
         ),
     }
 )
@@ -65,20 +77,20 @@ SHAPES: Mapping[str, BenchmarkShape] = MappingProxyType(
 
 
 def loop_settings(shape: BenchmarkShape, *, world_size: int, is_fused: bool, is_bf16: bool) -> LoopSettings:
-    """Return the loop around the student on `world_size` data-parallel ranks.
+    """Return the loop around the student on `world_size` data-parallel ranks, at the same global batch.
 
     Raises:
-        ValueError: the global batch does not divide.
+        ValueError: the ranks do not divide the global batch.
     """
-    rows = shape.global_batch_size // shape.num_microbatches
-    if shape.global_batch_size % shape.num_microbatches or rows % world_size:
+    num_microbatches, rest = divmod(shape.global_batch_size, shape.micro_batch_size * world_size)
+    if rest or not num_microbatches:
         raise ValueError(
-            f"a global batch of {shape.global_batch_size} in {shape.num_microbatches} microbatches does not divide "
-            f"among {world_size} ranks"
+            f"a global batch of {shape.global_batch_size} in microbatches of {shape.micro_batch_size} does not "
+            f"divide among {world_size} ranks"
         )
     return LoopSettings(
-        micro_batch_size=rows // world_size,
-        num_microbatches=shape.num_microbatches,
+        micro_batch_size=shape.micro_batch_size,
+        num_microbatches=num_microbatches,
         learning_rate=1e-3,
         weight_decay=0.1,
         betas=(0.9, 0.95),
@@ -90,7 +102,7 @@ def loop_settings(shape: BenchmarkShape, *, world_size: int, is_fused: bool, is_
     )
 
 
-def training_flags(shape: GptShape, settings: LoopSettings, *, world_size: int) -> list[str]:
+def training_flags(shape: GptShape, settings: LoopSettings, *, world_size: int, num_steps: int) -> list[str]:
     """Return the words of `pretrain_let.py` for this model and loop, data and directories left out."""
     global_batch_size = settings.micro_batch_size * settings.num_microbatches * world_size
     values: dict[str, object] = {
@@ -112,7 +124,7 @@ def training_flags(shape: GptShape, settings: LoopSettings, *, world_size: int) 
         "--make-vocab-size-divisible-by": 1,
         "--micro-batch-size": settings.micro_batch_size,
         "--global-batch-size": global_batch_size,
-        "--train-iters": NUM_SAMPLES_PLANNED // global_batch_size,
+        "--train-iters": num_steps,
         "--lr": settings.learning_rate,
         "--lr-decay-style": "constant",
         "--weight-decay": settings.weight_decay,
@@ -120,7 +132,8 @@ def training_flags(shape: GptShape, settings: LoopSettings, *, world_size: int) 
         "--adam-beta2": settings.betas[1],
         "--adam-eps": settings.eps,
         "--clip-grad": settings.clip_grad,
-        "--eval-iters": 1,
+        "--eval-iters": 0,
+        "--num-workers": 0,
         "--log-interval": settings.log_interval,
     }
     switches = [

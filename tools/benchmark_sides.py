@@ -6,22 +6,26 @@ their pipes. So A B A B within one call see the same machine, and no side carrie
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
 from megatron_let.lifetime import die_with_parent
 
-Build = Callable[[Any], AbstractContextManager[Any]]
 _ANSWER, _FAILURE = "answer", "failure"
 
 
@@ -49,9 +53,12 @@ class Placement:
 
 
 class Side:
-    """The ranks of one competitor; `ask` calls a method of what `build(settings)` yields, on every rank."""
+    """The ranks of one competitor; `ask` calls a method of what `build(settings)` yields, on every rank.
 
-    def __init__(self, name: str, build: Build, settings: Any, *, world_size: int, num_threads: int) -> None:
+    `build` is the name of a context manager, as in `module:function`: only the ranks import it.
+    """
+
+    def __init__(self, name: str, build: str, settings: Any, *, world_size: int, num_threads: int) -> None:
         self.name = name
         self._ranks: list[tuple[Any, connection.Connection]] = []
         context, port = get_context("spawn"), free_port()
@@ -61,7 +68,8 @@ class Side:
             )
             ours, theirs = context.Pipe()
             program = context.Process(target=_serve, args=(theirs, os.getpid(), build, settings, placement))
-            program.start()
+            with _environment(OMP_NUM_THREADS=str(num_threads), PYTHONWARNINGS="ignore"):
+                program.start()
             theirs.close()
             self._ranks.append((program, ours))
         self._answers()
@@ -99,7 +107,7 @@ class Side:
 
 @contextmanager
 def open_side(
-    name: str, build: Build, settings: Any, *, world_size: int = 1, num_threads: int = 1
+    name: str, build: str, settings: Any, *, world_size: int = 1, num_threads: int = 1
 ) -> Iterator[Side]:
     """Start a side, and end it on leaving.
 
@@ -111,6 +119,18 @@ def open_side(
         yield side
     finally:
         side.close()
+
+
+def time_steps(step: Callable[[], None], count: int) -> list[StepTime]:
+    """Call `step` `count` times; return what each took, the device's work included."""
+    times = []
+    for _ in range(count):
+        wall, processor = time.perf_counter(), time.process_time()
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(StepTime(time.perf_counter() - wall, time.process_time() - processor))
+    return times
 
 
 def take_turns(sides: Sequence[Side], *, repeats: int, steps: int) -> dict[str, list[list[StepTime]]]:
@@ -127,7 +147,7 @@ def take_turns(sides: Sequence[Side], *, repeats: int, steps: int) -> dict[str, 
 
 
 def _together(of_ranks: Sequence[StepTime]) -> StepTime:
-    return StepTime(max(time.wall for time in of_ranks), sum(time.processor for time in of_ranks))
+    return StepTime(max(step.wall for step in of_ranks), sum(step.processor for step in of_ranks))
 
 
 def cores_of(rank: int, world_size: int, num_threads: int) -> tuple[int, ...] | None:
@@ -148,13 +168,14 @@ def free_port() -> int:
 
 
 def _serve(
-    pipe: connection.Connection, parent_pid: int, build: Build, settings: Any, placement: Placement
+    pipe: connection.Connection, parent_pid: int, build: str, settings: Any, placement: Placement
 ) -> None:
     """Be one rank: build, then answer questions until the pipe closes."""
     die_with_parent(parent_pid)
     _settle(placement)
     try:
-        with build(settings) as run:
+        module, _, function = build.partition(":")
+        with getattr(import_module(module), function)(settings) as run:
             pipe.send((_ANSWER, None))
             while True:
                 try:
@@ -167,9 +188,8 @@ def _serve(
 
 
 def _settle(placement: Placement) -> None:
-    """Take this rank's place: torchrun's variables, cores and threads."""
-    import torch
-
+    """Take this rank's place: torchrun's variables, cores and threads; what libraries remark on start is left out."""
+    logging.disable(logging.WARNING)
     os.environ.update(
         RANK=str(placement.rank),
         LOCAL_RANK=str(placement.rank),
@@ -181,3 +201,18 @@ def _settle(placement: Placement) -> None:
     if placement.cores is not None and not torch.cuda.is_available():
         os.sched_setaffinity(0, placement.cores)
         torch.set_num_threads(placement.num_threads)
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Set environment variables for the duration of a block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

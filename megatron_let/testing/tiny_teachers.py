@@ -11,8 +11,8 @@ VOCABULARY, WIDTH, NUM_LAYERS, CONTEXT = 67, 24, 3, 32
 FAMILIES = ("llama", "llama-untied", "opt", "opt-350m", "gpt-neox", "gpt2")
 
 
-def tiny_teacher_config(family: str) -> Any:
-    """Return the configuration of a model with 3 layers of width 24 and 32 positions."""
+def tiny_teacher_config(family: str, context: int = CONTEXT) -> Any:
+    """Return the configuration of a model with 3 layers of width 24 and `context` positions."""
     import transformers
 
     shape: dict[str, Any] = {
@@ -20,7 +20,7 @@ def tiny_teacher_config(family: str) -> Any:
         "hidden_size": WIDTH,
         "num_hidden_layers": NUM_LAYERS,
         "num_attention_heads": 4,
-        "max_position_embeddings": CONTEXT,
+        "max_position_embeddings": context,
         "bos_token_id": 0,
         "eos_token_id": 0,
         "pad_token_id": 1,
@@ -39,7 +39,7 @@ def tiny_teacher_config(family: str) -> Any:
     return transformers.GPT2Config(**shape)
 
 
-def write_tiny_teacher(family: str, directory: Path) -> Any:
+def write_tiny_teacher(family: str, directory: Path, context: int = CONTEXT) -> Any:
     """Write a random model to `directory` and return it, in evaluation mode.
 
     The weights are spread wider than the families' own 0.02, so that every part of a block shows in the result.
@@ -47,7 +47,7 @@ def write_tiny_teacher(family: str, directory: Path) -> Any:
     import transformers
 
     torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(tiny_teacher_config(family)).eval()
+    model = transformers.AutoModelForCausalLM.from_config(tiny_teacher_config(family, context)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -31,7 +31,7 @@ class Attached:
         self.seen: list[tuple[str, float]] = []
 
     def __call__(self, hidden: torch.Tensor, target: str) -> torch.Tensor:
-        self.seen.append((target, float(hidden.flatten()[0])))
+        self.seen.append((target, float(hidden.detach().flatten()[0])))
         return hidden * 2
 
 
@@ -58,7 +58,7 @@ def test_forwards_take_targets_first_in_first_out() -> None:
     plain = [layer.linear(torch.full((1, 3), value)) for value in (1.0, 2.0)]
     outputs = [layer(torch.full((1, 3), value)) for value in (1.0, 2.0)]
     assert [target for target, _ in attached.seen] == ["first", "second"]
-    assert [value for _, value in attached.seen] == [float(p[0, 0]) for p in plain]
+    assert [value for _, value in attached.seen] == [float(p.detach()[0, 0]) for p in plain]
     for output, expected in zip(outputs, plain, strict=True):
         assert torch.equal(output[0], expected * 2)
         assert output[1] == "context"

@@ -86,7 +86,7 @@ def damage(directory: Path, kind: str) -> None:
         ("too long", "a.distcp has 25601 bytes instead of 25600"),
         ("empty", "a.distcp has 0 bytes instead of 25600"),
         ("one bit", "a.distcp does not match its checksum"),
-        ("no manifest", "manifest.json is missing"),
+        ("no manifest", "manifest.json is missing (not written by megatron_let, or not to its end)"),
         ("torn manifest", "manifest.json cannot be read"),
         ("no files", "manifest.json cannot be read"),
         ("other JSON", "manifest.json cannot be read"),

@@ -1,26 +1,22 @@
-"""What runs inside a side of `tools/benchmark.py`: our trainer, and the bare loop, behind the same few questions."""
+"""Our side of `tools/benchmark.py`: the trainer of `pretrain_let.py`, asked for a few steps at a time."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from benchmark_reference import BareLoop, GptShape, LoopSettings, weights_of_megatron
-from benchmark_sides import StepTime
+from benchmark_reference import GptShape, weights_of_megatron
+from benchmark_sides import StepTime, time_steps
 
 from megatron_let.config.derive import resolve
-from megatron_let.data.indexed_writer import IndexedWriter
 from megatron_let.mcore.parallel import parallel_context
 from megatron_let.training.arguments import parse_arguments
 from megatron_let.training.build import build_trainer
@@ -28,18 +24,6 @@ from megatron_let.training.evaluation import evaluate
 from megatron_let.training.metrics import METRICS_FILE
 from megatron_let.training.signals import StopRequest
 from megatron_let.training.trainer import Trainer
-
-
-def time_steps(step: Callable[[], None], count: int) -> list[StepTime]:
-    """Call `step` `count` times; return what each took, the device's work included."""
-    times = []
-    for _ in range(count):
-        wall, processor = time.perf_counter(), time.process_time()
-        step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(StepTime(time.perf_counter() - wall, time.process_time() - processor))
-    return times
 
 
 class OurRun:
@@ -62,7 +46,9 @@ class OurRun:
     def first_loss(self) -> float:
         """Return the mean loss over the first global batch, from the weights as they are."""
         run = self._trainer.run
-        return evaluate(run.config, run.context, run.parts.student, run.forward_step, run.data.train)
+        validation = replace(run.config.validation, eval_iters=1)
+        config = replace(run.config, validation=validation)
+        return evaluate(config, run.context, run.parts.student, run.forward_step, run.data.train)
 
     def losses(self) -> list[float]:
         """Return the logged losses: means over the logging intervals."""
@@ -91,74 +77,6 @@ def our_run(argv: Sequence[str]) -> Iterator[OurRun]:
     config = resolve(parse_arguments(list(argv)), int(os.environ["WORLD_SIZE"]))
     with parallel_context(config) as context:
         yield OurRun(build_trainer(config, context, StopRequest()))
-
-
-@dataclass(frozen=True)
-class BareSettings:
-    """The bare loop and where `OurRun.export` put what it starts from."""
-
-    shape: GptShape
-    loop: LoopSettings
-    start: Path
-
-
-class BareRun:
-    """The bare loop, one step at a time."""
-
-    def __init__(self, loop: BareLoop) -> None:
-        self._loop = loop
-
-    def steps(self, count: int) -> list[StepTime]:
-        """Do `count` optimizer steps and return the time of each."""
-        return time_steps(self._loop.step, count)
-
-    def first_loss(self) -> float:
-        """Return the mean loss over this rank's rows of the first global batch, from the weights as they are."""
-        return self._loop.first_loss()
-
-    def losses(self) -> list[float]:
-        """Return the logged losses: this rank's means over the logging intervals."""
-        return self._loop.losses()
-
-
-@contextmanager
-def bare_run(settings: BareSettings) -> Iterator[BareRun]:
-    """Build the bare loop on this rank's rows of every global batch."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    is_on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", rank) if is_on_gpu else torch.device("cpu")
-    if is_on_gpu:
-        torch.cuda.set_device(device)
-    if world_size > 1:
-        dist.init_process_group("nccl" if is_on_gpu else "gloo")
-    start = torch.load(settings.start)
-    tokens = start["tokens"].view(-1, world_size, settings.loop.micro_batch_size, start["tokens"].shape[1])
-    try:
-        yield BareRun(
-            BareLoop(
-                settings.shape,
-                settings.loop,
-                weights=start["weights"],
-                tokens=tokens[:, rank].flatten(0, 1),
-                device=device,
-            )
-        )
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
-
-
-def write_random_tokens(prefix: Path, *, num_tokens: int, vocab_size: int) -> None:
-    """Write PREFIX.bin and PREFIX.idx: random ids below the end of document, in documents of a thousand."""
-    random = np.random.default_rng(1)
-    length = 1000
-    with IndexedWriter(str(prefix), "uint16") as writer:
-        for _ in range(-(-num_tokens // length)):
-            ids = random.integers(0, vocab_size - 1, length, dtype=np.uint16)
-            writer.add_documents(
-                ids.tobytes(), np.asarray([length], np.int32).tobytes(), np.ones(1, np.int32).tobytes()
-            )
-        writer.finish()
 
 
 def reset_peak_memory() -> None:

@@ -15,6 +15,11 @@ def has_apex() -> bool:
     return find_spec("apex") is not None and find_spec("apex.multi_tensor_apply") is not None
 
 
+def has_fused_weight_gradient() -> bool:
+    """Return whether apex was built with the kernel that megatron-core adds up weight gradients with."""
+    return find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
 def has_tensorboard() -> bool:
     """Return whether TensorBoard's event writer can be used."""
     return find_spec("tensorboard") is not None

@@ -25,6 +25,12 @@ from megatron_let.mcore.stock_kernels import stock_kernels
 
 Value = TypeVar("Value")
 
+_DETERMINISTIC_LIBRARIES = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NCCL_ALGO": "Ring",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+}
+
 
 @dataclass(frozen=True)
 class ParallelContext:
@@ -154,6 +160,8 @@ def parallel_context(config: RunConfig) -> Iterator[ParallelContext]:
 
             stack.enter_context(cpu_backend())
         stack.enter_context(stock_kernels())
+        if config.transformer.deterministic_mode:
+            stack.enter_context(_deterministic_algorithms())
         device = _select_device(backend)
         if not dist.is_initialized():
             stack.enter_context(_process_group(backend, config.parallel.distributed_timeout_minutes))
@@ -185,6 +193,22 @@ def _select_device(backend: str) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def _deterministic_algorithms() -> Iterator[None]:
+    """Let torch refuse kernels whose result varies, and tell cuBLAS, NCCL and Transformer Engine likewise.
+
+    Their variables are read when a GPU is first used; what the user has set stays.
+    """
+    for name, value in _DETERMINISTIC_LIBRARIES.items():
+        os.environ.setdefault(name, value)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @contextmanager

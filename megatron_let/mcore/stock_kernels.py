@@ -11,12 +11,16 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.optimizer import clip_grads
+from megatron.core.tensor_parallel import layers
 from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_CORE_CROSS_ENTROPY = tensor_parallel.vocab_parallel_cross_entropy
 _CORE_ROTATION = rope_utils._apply_rotary_pos_emb_bshd
 
 
@@ -27,13 +31,19 @@ def stock_kernels() -> Iterator[None]:
     Kernels of Transformer Engine or apex, where megatron-core found them, stay in use.
     """
     replacements: list[tuple[Any, str, Any]] = [(rope_utils, "_apply_rotary_pos_emb_bshd", rotate_positions)]
+    if not torch.cuda.is_available():
+        replacements += [
+            (layers, "_grad_accum_fusion_available", True),
+            (layers, "fused_weight_gradient_mlp_cuda", WeightGradients),
+            (tensor_parallel, "vocab_parallel_cross_entropy", cross_entropy),
+        ]
     if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
         replacements.append((clip_grads, "l2_norm_impl", multi_tensor_l2_norm))
     if clip_grads.multi_tensor_scale_impl is local_multi_tensor_scale:
         replacements.append((clip_grads, "multi_tensor_scale_impl", multi_tensor_scale))
     with ExitStack() as stack:
         for owner, name, value in replacements:
-            stack.enter_context(patch.object(owner, name, value))
+            stack.enter_context(patch.object(owner, name, value, create=True))
         yield
 
 
@@ -59,6 +69,28 @@ def rotate_positions(
     turning = states if rotated_width == states.shape[-1] else states[..., :rotated_width]
     turned = torch.addcmul(turning * cos, turning.roll(half, -1), signed_sin)  # [s, b, n, r]
     return turned if turning is states else torch.cat((turned, states[..., rotated_width:]), dim=-1)
+
+
+class WeightGradients:
+    """What `--gradient-accumulation-fusion` calls, on CPU: add a linear layer's weight gradient where it is kept."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(inputs: Tensor, output_gradient: Tensor, main_gradient: Tensor) -> None:
+        """Add output_gradient^T [o, n] x inputs [n, i] to `main_gradient` [o, i], in one matrix product if all is fp32."""
+        if inputs.dtype == main_gradient.dtype:
+            main_gradient.addmm_(output_gradient.t(), inputs)
+        else:
+            main_gradient.add_(output_gradient.t().matmul(inputs))
+
+    wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return the loss [s, b] of `logits` [s, b, v / tp]; where the vocabulary is whole, torch's fused two passes."""
+    if parallel_state.get_tensor_model_parallel_world_size() > 1 or label_smoothing > 0.0:
+        return _CORE_CROSS_ENTROPY(logits, labels, label_smoothing)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+    return losses.view_as(labels)
 
 
 def multi_tensor_l2_norm(

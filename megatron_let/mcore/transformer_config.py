@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_let.config.run_config import RunConfig
 from megatron_let.errors import ConfigError
-from megatron_let.optional import has_apex, has_transformer_engine
+from megatron_let.optional import has_fused_weight_gradient, has_transformer_engine
 
 # Kernel fusions a user may leave open (None): on where the kernels exist.
 _FUSIONS = (
@@ -99,7 +99,7 @@ def _resolve_fusions(config: RunConfig, values: dict[str, Any], *, is_on_gpu: bo
     """
     has_te_layers = uses_transformer_engine(config, is_on_gpu=is_on_gpu)
     available = {
-        "gradient_accumulation_fusion": is_on_gpu and (has_apex() or has_transformer_engine()),
+        "gradient_accumulation_fusion": not is_on_gpu or has_fused_weight_gradient(),
         "masked_softmax_fusion": is_on_gpu and has_te_layers,
         "bias_dropout_fusion": is_on_gpu,
         "apply_rope_fusion": is_on_gpu and has_transformer_engine(),

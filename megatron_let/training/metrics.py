@@ -32,6 +32,7 @@ class TrainingRow:
     let_cosine_centered: float | None
     let_weight: float | None
     grad_norm: float | None
+    num_zeros_in_grad: int | None
     learning_rate: float
     global_batch_size: int
     loss_scale: float
@@ -176,6 +177,7 @@ def format_training_row(row: TrainingRow, *, train_iters: int, eta_seconds: floa
         f"lm loss: {row.lm_loss:.6E}",
         f"loss scale: {row.loss_scale:.1f}",
         f"grad norm: {'n/a' if row.grad_norm is None else f'{row.grad_norm:.3f}'}",
+        *([] if row.num_zeros_in_grad is None else [f"num zeros: {row.num_zeros_in_grad}"]),
         f"number of skipped iterations: {row.skipped_iterations:3d}",
         f"number of nan iterations: {row.nan_iterations:3d}",
     ]

@@ -41,17 +41,19 @@ class IntervalTotals:
         self.seconds = 0.0
         self.batch_size = 0
         self.grad_norm: float | None = None
+        self.num_zeros: int | None = None
         self.nan_iterations = 0
 
     def add(
         self,
         losses: list[torch.Tensor],
         grad_norm: float | None,
+        num_zeros: float | None,
         is_updated: bool,
         batch_size: int,
         seconds: float,
     ) -> None:
-        """Add one iteration: its microbatches' [sum, count], gradient norm, size and time."""
+        """Add one iteration: its microbatches' [sum, count], gradient norm and zeros, size and time."""
         for loss in losses:
             self.loss += loss
         self.iterations += 1
@@ -59,6 +61,7 @@ class IntervalTotals:
         self.seconds += seconds
         self.batch_size = batch_size
         self.grad_norm = None if grad_norm is None else float(grad_norm)
+        self.num_zeros = None if num_zeros is None else int(num_zeros)
         if is_updated and self.grad_norm is not None and not math.isfinite(self.grad_norm):
             self.nan_iterations += 1
 
@@ -104,6 +107,7 @@ class Reporter:
             let_cosine_centered=None if let_report is None else let_report.centred_cosine,
             let_weight=let_weight,
             grad_norm=totals.grad_norm,
+            num_zeros_in_grad=totals.num_zeros if self.config.optimizer.log_num_zeros_in_grad else None,
             learning_rate=learning_rate,
             global_batch_size=totals.batch_size,
             loss_scale=loss_scale,

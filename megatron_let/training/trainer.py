@@ -134,7 +134,7 @@ class Trainer:
         if run.alignment is not None:
             run.alignment.end_iteration()
         self._empty_unused_memory(at_level=1)
-        is_updated, grad_norm, _ = optimizer.step()
+        is_updated, grad_norm, num_zeros = optimizer.step()
         self._empty_unused_memory(at_level=2)
         if is_updated:
             scheduler.step(increment=batch_size)
@@ -146,7 +146,7 @@ class Trainer:
         state.elapsed_seconds += seconds
         self._step_times.append(seconds)
         self._interval.add(
-            [report[LM_LOSS] for report in reports], grad_norm, is_updated, batch_size, seconds
+            [report[LM_LOSS] for report in reports], grad_norm, num_zeros, is_updated, batch_size, seconds
         )
 
     def _empty_unused_memory(self, *, at_level: int) -> None:

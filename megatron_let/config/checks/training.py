@@ -86,6 +86,11 @@ def check_learning_rate(config: RunConfig) -> None:
     if optimizer.optimizer != "sgd":
         require_takes_effect(optimizer, "sgd_momentum", needs="--optimizer sgd")
     require(
+        optimizer.optimizer == "adam" or not optimizer.use_distributed_optimizer,
+        "--use-distributed-optimizer cannot be saved with --optimizer sgd: megatron-core looks for Adam's moments; leave "
+        "one out",
+    )
+    require(
         not (schedule.override_opt_param_scheduler and schedule.use_checkpoint_opt_param_scheduler),
         "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler exclude each other; leave one out",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ TOKENIZER_FILES = (
 
 def has_tokenizer_files(path: str | Path) -> bool:
     """Return whether the directory `path` holds at least one file of a Hugging Face tokenizer."""
-    return any((Path(path) / name).is_file() for name in TOKENIZER_FILES)
+    return any(os.path.isfile(Path(path) / name) for name in TOKENIZER_FILES)
 
 
 def load_auto_tokenizer(name_or_path: str) -> Any:
@@ -33,12 +34,12 @@ def load_auto_tokenizer(name_or_path: str) -> Any:
     Raises:
         ConfigError: nothing is found, the directory has no tokenizer, or it needs code of its own.
     """
-    is_directory = Path(name_or_path).is_dir()
+    is_directory = os.path.isdir(name_or_path)
     if is_directory and not has_tokenizer_files(name_or_path):
         raise ConfigError(
             f"no tokenizer in directory {name_or_path}: expected tokenizer.json or tokenizer_config.json"
         )
-    if Path(name_or_path).is_file():
+    if os.path.isfile(name_or_path):
         raise ConfigError(
             f"{name_or_path} is a file: HuggingFaceTokenizer takes a directory "
             "(SentencePieceTokenizer takes a .model file)"

@@ -6,6 +6,7 @@ Only blocks travel on, so memory stays bounded by the block size and the longest
 from __future__ import annotations
 
 import gzip
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def find_sources(paths: Sequence[str]) -> tuple[SourceFile, ...]:
         raise ConfigError("--input names no file")
     seen: set[Path] = set()
     for path in paths:
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             raise ConfigError(f"input {path} is not a file")
         if Path(path).resolve() in seen:
             raise ConfigError(f"input {path} is given twice: its documents would be counted twice")

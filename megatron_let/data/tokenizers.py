@@ -6,6 +6,7 @@ Megatron-LM core_v0.16.1 writes by default: no bos in front, special tokens writ
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -201,7 +202,7 @@ def build_tokenizer(
 
 def _gpt2_backend(vocab_file: str, merge_file: str) -> Any:
     for path in (vocab_file, merge_file):
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             raise ConfigError(f"GPT2BPETokenizer: file {path} does not exist")
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -222,7 +223,7 @@ def _gpt2_backend(vocab_file: str, merge_file: str) -> Any:
 
 
 def _load_sentencepiece(model_file: str) -> SentencePieceEncoder:
-    if not Path(model_file).is_file():
+    if not os.path.isfile(model_file):
         raise ConfigError(f"SentencePiece model {model_file} is not a file")
     try:
         return SentencePieceEncoder(Path(model_file).read_bytes())
@@ -263,4 +264,4 @@ def _known(token_id: int) -> int | None:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).resolve()) if Path(path).exists() else path
+    return str(Path(path).resolve()) if os.path.exists(path) else path

@@ -5,7 +5,7 @@ from megatron_let.let.losses import AlignmentLoss, AlignmentSums, cosine_alignme
 from megatron_let.let.objective import AlignmentObjective, AlignmentTarget, add_alignment_gradient
 from megatron_let.let.projection import interpolate_width
 from megatron_let.let.schedule import LetSchedule, default_student_layer, resolve_stop
-from megatron_let.let.teacher import Teacher, require_finite, segment_states
+from megatron_let.let.teacher import Teacher, segment_states
 
 __all__ = [
     "AlignmentLoss",
@@ -19,7 +19,6 @@ __all__ = [
     "default_student_layer",
     "interpolate_width",
     "load_hf_teacher",
-    "require_finite",
     "resolve_stop",
     "segment_states",
 ]

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from megatron_let.errors import ConfigError
-from megatron_let.let.hf_files import check_safetensors, config_error, quiet_transformers, read_config
+from megatron_let.let.hf_files import (
+    check_layer,
+    check_safetensors,
+    config_error,
+    quiet_transformers,
+    read_config,
+)
 from megatron_let.let.teacher import Teacher
 
 LOAD_ERRORS = (
@@ -32,6 +38,19 @@ LOAD_ERRORS = (
 
 RUN_ERRORS = (TypeError, ValueError, KeyError, AttributeError, IndexError)
 """What a model raises that needs more than token ids; a device out of memory is not among them."""
+
+
+def check_hf_teacher(path: str | Path, *, layer: int | None, trust_remote_code: bool = False) -> Any:
+    """Look at a teacher's files without building it and return its `transformers` configuration.
+
+    Raises:
+        ConfigError: not a causal language model, no readable safetensors weights, or no such layer.
+    """
+    directory = Path(path)
+    config = read_config(directory, trust_remote_code=trust_remote_code)
+    check_safetensors(directory)
+    check_layer(directory, layer, config.num_hidden_layers)
+    return config
 
 
 def load_hf_teacher(
@@ -58,14 +77,8 @@ def load_hf_teacher(
             weights that do not fit the model; or `layer` is outside the model.
     """
     directory = Path(path)
-    config = read_config(directory, trust_remote_code=trust_remote_code)
-    check_safetensors(directory)
+    config = check_hf_teacher(directory, layer=layer, trust_remote_code=trust_remote_code)
     num_layers = config.num_hidden_layers
-    if layer is not None and not 1 <= layer <= num_layers:
-        raise ConfigError(
-            f"--let-teacher-layer {layer}: the teacher in {directory} has layers 1 to {num_layers}; "
-            "leave the flag out for the last"
-        )
     middle_layer = layer if layer is not None and layer < num_layers else None
     body = _load_body(directory, config, middle_layer, dtype=dtype, trust_remote_code=trust_remote_code)
     description = _describe(directory, body, layer or num_layers, num_layers)

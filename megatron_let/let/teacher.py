@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_let.errors import LetError
-
 
 class Teacher(ABC):
     """A frozen causal language model that turns token ids into states of one layer."""
@@ -85,15 +83,6 @@ def segment_states(teacher: Teacher, tokens: Tensor, document_starts: Tensor | N
     whole = length - length % window
     head = segment_states(teacher, tokens[:, :whole])
     return torch.cat([head, teacher.states(tokens[:, whole:])], dim=1)
-
-
-def require_finite(states: Tensor, teacher: Teacher) -> None:
-    """Raise a LetError when a state is NaN or infinite; waits for the device, so call it once, not every step."""
-    if not bool(torch.isfinite(states).all()):
-        raise LetError(
-            f"teacher {teacher.description}: its states are not finite; try --let-teacher-dtype fp32 or bf16, "
-            "or check the checkpoint"
-        )
 
 
 @dataclass(frozen=True)

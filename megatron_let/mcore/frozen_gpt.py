@@ -7,10 +7,13 @@ so the tensors are read through torch's distributed-checkpoint reader without co
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -75,14 +78,11 @@ def load_frozen_gpt(
     None or the last gives the states after the final norm.
 
     Raises:
-        ConfigError: no such layer, or tensors are missing.
+        ConfigError: tensors are missing.
     """
     config = RunConfig.from_dict(saved_config, CORE_SECTIONS)
     num_layers = config.transformer.num_layers
-    if layer is not None and not 1 <= layer <= num_layers:
-        raise ConfigError(
-            f"--let-teacher-layer {layer}: the teacher in {directory} has layers 1 to {num_layers}"
-        )
+    assert layer is None or 1 <= layer <= num_layers, f"checked before: layer {layer} of {num_layers}"
     built = num_layers if layer is None else layer
     stored = stored_entries(directory)
     embedding = stored.get(_EMBEDDING)
@@ -119,6 +119,14 @@ def _build_alone(
         recompute_modules=None,
         distribute_saved_activations=False,
         fp8=None,
+        fp8_param=False,
+        first_last_layers_bf16=False,
+        overlap_p2p_comm_warmup_flush=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=None,
+        bias_dropout_fusion=None,
+        apply_rope_fusion=None,
+        persist_layer_norm=None,
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         hidden_dropout=0.0,
@@ -129,18 +137,28 @@ def _build_alone(
     model_settings = dataclasses.replace(config.model, transformer_impl="local")
     alone = dataclasses.replace(config, transformer=transformer, model=model_settings)
     core = build_transformer_config(alone, is_on_gpu=device.type == "cuda")
-    model = build_gpt(
-        alone,
-        core,
-        padded_vocab_size=padded_vocab_size,
-        groups=_groups_of_one(),
-        pre_process=True,
-        post_process=True,
-        vp_stage=None,
-        has_te_layers=False,
-    )
+    with _own_environment():
+        model = build_gpt(
+            alone,
+            core,
+            padded_vocab_size=padded_vocab_size,
+            groups=_groups_of_one(),
+            pre_process=True,
+            post_process=True,
+            vp_stage=None,
+            has_te_layers=False,
+        )
     del model.output_layer
     return model
+
+
+@contextmanager
+def _own_environment() -> Iterator[None]:
+    """Hide the variables by which a GPTModel tells Transformer Engine its attention: they are the student's."""
+    with patch.dict(os.environ):
+        for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+            os.environ.pop(name, None)
+        yield
 
 
 def _groups_of_one() -> ProcessGroupCollection:

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_let.config.run_config import RunConfig
 from megatron_let.mcore.parallel import ParallelContext
-from megatron_let.mcore.stock_layers import StockNorm, stock_layer_spec
+from megatron_let.mcore.stock_layers import SdpaCoreAttention, StockNorm, stock_layer_spec
 from megatron_let.mcore.transformer_config import build_transformer_config, uses_transformer_engine
 
 
@@ -87,6 +87,7 @@ def build_student(
             post_process=context.is_last_chunk(vp_stage),
             vp_stage=vp_stage,
             has_te_layers=uses_transformer_engine(config, is_on_gpu=context.is_on_gpu),
+            has_document_masks=config.data.reset_attention_mask,
         )
         mask_padded_logits(model, vocab_size, tp_rank=context.tp_rank)
         for parameter in model.parameters():
@@ -107,6 +108,7 @@ def build_gpt(
     post_process: bool,
     vp_stage: int | None,
     has_te_layers: bool,
+    has_document_masks: bool = False,
 ) -> GPTModel:
     """Build one bare GPTModel chunk on the given process groups."""
     model = config.model
@@ -115,7 +117,9 @@ def build_gpt(
         optional["seq_len_interpolation_factor"] = model.rotary_seq_len_interpolation_factor
     return GPTModel(
         config=core_config,
-        transformer_layer_spec=_layer_spec(core_config, vp_stage, groups, has_te_layers),
+        transformer_layer_spec=_layer_spec(
+            core_config, vp_stage, groups, has_te_layers=has_te_layers, has_document_masks=has_document_masks
+        ),
         vocab_size=padded_vocab_size,
         max_sequence_length=model.max_position_embeddings,
         pre_process=pre_process,
@@ -134,10 +138,18 @@ def build_gpt(
 
 
 def _layer_spec(
-    core_config: TransformerConfig, vp_stage: int | None, groups: ProcessGroupCollection, has_te_layers: bool
+    core_config: TransformerConfig,
+    vp_stage: int | None,
+    groups: ProcessGroupCollection,
+    *,
+    has_te_layers: bool,
+    has_document_masks: bool,
 ) -> ModuleSpec | TransformerBlockSubmodules:
     if has_te_layers:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=core_config.qk_layernorm)
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=core_config.qk_layernorm)
+        if has_document_masks:  # Transformer Engine's attention is told "causal" and leaves the mask unread
+            spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+        return spec
     num_layers = get_num_layers_to_build(core_config, vp_stage, groups.pp.rank())
     return TransformerBlockSubmodules(
         layer_specs=[stock_layer_spec(core_config)] * num_layers, layer_norm=StockNorm

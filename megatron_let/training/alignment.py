@@ -33,7 +33,7 @@ class AlignmentReport:
 class Alignment:
     """The teacher, the tap on layer k and the sums for the log.
 
-    Every rank has one; only the ranks of the owner stage hold a teacher and a tap. The teacher is un-sharded: each
+    Every rank has one; only the ranks of the owner stage hold a teacher and a tap, until `is_released`. The teacher is un-sharded: each
     rank runs it on its whole microbatch and keeps the slice of the states that belongs to its slice of layer k.
     """
 
@@ -58,17 +58,13 @@ class Alignment:
         self._num_microbatches = 1
         self._loss_scale: float | torch.Tensor = 1.0
         self._is_training = False
+        self.is_released = False
         owner = find_layer(student.gpt_chunks, objective.student_layer)
         self.owner_chunk = None if owner is None else owner[0]
         self._tap: LayerTap[AlignmentTarget] | None = None
         if owner is not None:
             self._tap = LayerTap(owner[1], add_alignment_gradient)
         assert (owner is None) == (teacher is None), "the teacher is built on the owner stage, and only there"
-
-    @property
-    def is_released(self) -> bool:
-        """Return whether the teacher is gone for good."""
-        return self._tap is None and self.owner_chunk is not None
 
     def begin_iteration(
         self, completed_iterations: int, *, num_microbatches: int, loss_scale: float | torch.Tensor
@@ -139,7 +135,8 @@ class Alignment:
         return AlignmentReport(float(total.loss()), float(total.cosine()), float(total.centred_cosine()))
 
     def release(self) -> None:
-        """Take the hook off layer k, drop the teacher and give its memory back."""
+        """Take the hook off layer k, drop the teacher and give its memory back; `is_released` from here on."""
+        self.is_released = True
         if self._tap is not None:
             self._tap.remove()
         self._tap = None

@@ -16,6 +16,7 @@ from megatron_let.config.run_config import RunConfig
 from megatron_let.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_let.errors import ConfigError
 from megatron_let.let import AlignmentObjective, Teacher, default_student_layer, resolve_stop
+from megatron_let.let.schedule import DEFAULT_STOP_FRACTION
 from megatron_let.log import LOGGER
 from megatron_let.mcore.checkpoint import Parts
 from megatron_let.mcore.datasets import SampleCounts, build_datasets
@@ -34,7 +35,7 @@ from megatron_let.training.save_directory import check_save_directory
 from megatron_let.training.signals import StopRequest
 from megatron_let.training.split_checks import usable_counts
 from megatron_let.training.state import TrainingState
-from megatron_let.training.teachers import load_teacher, teacher_files
+from megatron_let.training.teachers import load_teacher, teacher_dtype, teacher_files
 from megatron_let.training.trainer import Run, Trainer
 
 
@@ -57,6 +58,7 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
     completed = 0 if saved is None or config.checkpoint.finetune else int(saved["state"]["iteration"])
     schedule = None if let_record is None else let_record.schedule()
     needs_teacher = schedule is not None and schedule.is_active_at(completed)
+    needs_teacher = needs_teacher and not config.validation.skip_train
     check_data(config, tokenizer, context, needs_teacher=needs_teacher)
     counts = usable_counts(config, _sample_counts(config, total_iterations), context)
     data = build_datasets(config, tokenizer, counts, context)
@@ -71,7 +73,7 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
         state = load_checkpoint(directory, saved, config, context, parts)
     alignment = None
     if needs_teacher and let_record is not None:
-        alignment = _build_alignment(config, context, student, tokenizer, let_record)
+        alignment = _build_alignment(config, context, student, let_record)
     run = Run(
         config=config,
         context=context,
@@ -80,7 +82,13 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
         forward_step=ForwardStep(config, context, tokenizer.eod, alignment),
         alignment=alignment,
         let_record=let_record,
-        reporter=build_reporter(config, context, padded_vocab_size=padded, resumed_iteration=state.iteration),
+        reporter=build_reporter(
+            config,
+            context,
+            padded_vocab_size=padded,
+            resumed_iteration=state.iteration,
+            total_iterations=total_iterations,
+        ),
         tokenizer=remembered,
         batches=batch_plan(config, context.world_size),
         total_iterations=total_iterations,
@@ -116,18 +124,20 @@ def _let_record(config: RunConfig, saved: dict[str, Any] | None, total_iteration
     let, current = config.let, None
     completed = 0 if saved is None or config.checkpoint.finetune else saved["state"]["iteration"]
     if let.is_on:
-        stop = resolve_stop(
-            total_iterations, stop_iters=let.let_stop_iters, stop_fraction=let.let_stop_fraction
-        )
+        fraction = let.let_stop_fraction
+        if fraction is None and let.let_stop_iters is None:
+            fraction = DEFAULT_STOP_FRACTION
+        stop = resolve_stop(total_iterations, stop_iters=let.let_stop_iters, stop_fraction=fraction)
         files = teacher_files(Path(str(let.let_teacher_load)))
         current = LetRecord(
             student_layer=let.let_student_layer or default_student_layer(config.transformer.num_layers),
             teacher_layer=let.let_teacher_layer,
             weight=let.let_weight,
             stop_iteration=stop,
-            stop_fraction=None if let.let_stop_iters is not None else (let.let_stop_fraction or 0.0),
+            stop_fraction=fraction,
             loss=let.let_loss,
             projection=let.let_projection,
+            teacher_dtype=str(teacher_dtype(config)).removeprefix("torch."),
             teacher_identity=None if files is None else teacher_identity(files),
         )
     if saved is None or config.checkpoint.finetune:
@@ -136,7 +146,7 @@ def _let_record(config: RunConfig, saved: dict[str, Any] | None, total_iteration
 
 
 def _build_alignment(
-    config: RunConfig, context: ParallelContext, student: Student, tokenizer: Tokenizer, record: LetRecord
+    config: RunConfig, context: ParallelContext, student: Student, record: LetRecord
 ) -> Alignment:
     """Build the teacher on the stage that owns layer k, and the tap there."""
 
@@ -145,9 +155,7 @@ def _build_alignment(
             return None
         # Building a model draws random numbers; the student's dropout must not depend on there being a teacher.
         with torch.random.fork_rng(devices=[context.device] if context.is_on_gpu else []):
-            teacher = load_teacher(config, context)
-        _check_vocabulary(teacher, tokenizer)
-        return teacher
+            return load_teacher(config, context)
 
     teacher = context.together(load)
     return Alignment(
@@ -158,11 +166,3 @@ def _build_alignment(
         is_sequence_parallel=student.core_config.sequence_parallel,
         calculate_per_token_loss=config.transformer.calculate_per_token_loss,
     )
-
-
-def _check_vocabulary(teacher: Teacher, tokenizer: Tokenizer) -> None:
-    if tokenizer.vocab_size > teacher.vocab_size:
-        raise ConfigError(
-            f"the student's token ids reach {tokenizer.vocab_size - 1} but teacher {teacher.description} knows ids up "
-            f"to {teacher.vocab_size - 1}; student and teacher must use the same tokenizer"
-        )

@@ -15,7 +15,7 @@ from megatron_let.mcore.datasets import data_prefixes
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.training.checkpoint_choice import tokenizer_fingerprint_of_checkpoint
 from megatron_let.training.checkpoint_files import newest_iteration_directory
-from megatron_let.training.teachers import teacher_format
+from megatron_let.training.teachers import check_teacher, teacher_format
 
 
 def check_data(
@@ -37,7 +37,10 @@ def _check_all(config: RunConfig, tokenizer: Tokenizer, *, needs_teacher: bool) 
     """Check every data set and the teacher's tokenizer; return the warnings, each once."""
     warnings = [_check_prefix(prefix, tokenizer) for prefix in data_prefixes(config)]
     if needs_teacher:
+        check_teacher(config, num_ids=tokenizer.vocab_size)
         warnings.append(_check_teacher_tokenizer(config, tokenizer))
+        if config.data.mock_data:
+            warnings.append("mock data was made with no tokenizer; only the range of ids is checked")
     return list(dict.fromkeys(warning for warning in warnings if warning is not None))
 
 

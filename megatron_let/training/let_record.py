@@ -29,6 +29,7 @@ class LetRecord:
     stop_fraction: float | None
     loss: str
     projection: str
+    teacher_dtype: str
     teacher_identity: str | None
 
     def schedule(self) -> LetSchedule:
@@ -83,7 +84,9 @@ def reconcile(
             "give the same --let-* flags, or --let-override to accept the change"
         )
     values = current.to_dict()
-    if saved["stop_fraction"] is not None and saved["stop_fraction"] == values["stop_fraction"]:
+    if values["stop_iteration"] == saved["stop_iteration"]:
+        values["stop_fraction"] = saved["stop_fraction"]  # the same iteration, said in another way
+    elif saved["stop_fraction"] is not None and saved["stop_fraction"] == values["stop_fraction"]:
         values["stop_iteration"] = saved["stop_iteration"]
     if completed_iterations >= saved["stop_iteration"]:
         values["teacher_identity"] = saved["teacher_identity"]

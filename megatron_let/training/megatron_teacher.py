@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_let.errors import ConfigError
 from megatron_let.let import Teacher
+from megatron_let.let.hf_files import check_layer
 from megatron_let.mcore.checkpoint import RUN, load_common
 from megatron_let.mcore.frozen_gpt import FrozenGpt, load_frozen_gpt
 from megatron_let.mcore.parallel import ParallelContext
@@ -57,13 +59,11 @@ class MegatronTeacher(Teacher):
         return self._gpt.model.parameters()
 
 
-def load_megatron_teacher(
-    path: Path, *, layer: int | None, dtype: torch.dtype, context: ParallelContext
-) -> MegatronTeacher:
-    """Load the newest checkpoint under `path`, whatever layout it was trained on.
+def check_megatron_teacher(path: Path, *, layer: int | None) -> tuple[Path, dict[str, Any]]:
+    """Return the newest checkpoint under `path` and what it says of its run, without reading its weights.
 
     Raises:
-        ConfigError: no checkpoint, a damaged one, one of another program, or no such layer.
+        ConfigError: no checkpoint, one of another program, or no such layer.
     """
     directory = newest_iteration_directory(path)
     damage = find_damage(directory)
@@ -72,6 +72,19 @@ def load_megatron_teacher(
     run = load_common(directory).get(RUN)
     if run is None:
         raise ConfigError(f"teacher checkpoint {directory} was not written by megatron_let; convert it first")
+    check_layer(directory, layer, run["config"]["transformer"]["num_layers"])
+    return directory, run
+
+
+def load_megatron_teacher(
+    path: Path, *, layer: int | None, dtype: torch.dtype, context: ParallelContext
+) -> MegatronTeacher:
+    """Load the newest checkpoint under `path`, whatever layout it was trained on.
+
+    Raises:
+        ConfigError: no checkpoint, a damaged one, one of another program, or no such layer.
+    """
+    directory, run = check_megatron_teacher(path, layer=layer)
     gpt = load_frozen_gpt(directory, run["config"], layer=layer, dtype=dtype, device=context.device)
     shown = f"{directory} (layer {layer or 'last'}, width {gpt.hidden_size})"
     teacher = MegatronTeacher(gpt, vocab_size=int(run["vocab_size"]), description=shown)

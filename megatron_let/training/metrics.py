@@ -73,11 +73,12 @@ class Sink(Protocol):
 class JsonLines:
     """`metrics.jsonl` in the save directory, one JSON object a row."""
 
-    def __init__(self, directory: Path, *, resumed_iteration: int) -> None:
+    def __init__(self, directory: Path, *, resumed_iteration: int, validates_at_once: bool = False) -> None:
+        """Open the file; a run with nothing left to train (`validates_at_once`) makes its last validation anew."""
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / METRICS_FILE
         if path.exists():
-            drop_rows_past(path, resumed_iteration)
+            drop_rows_past(path, resumed_iteration, keep_validation=not validates_at_once)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Row) -> None:
@@ -90,15 +91,23 @@ class JsonLines:
         self._file.close()
 
 
-def drop_rows_past(path: Path, iteration: int) -> None:
-    """Rewrite a metrics file atomically without torn lines and without rows after `iteration`."""
+def drop_rows_past(path: Path, iteration: int, *, keep_validation: bool = True) -> None:
+    """Rewrite a metrics file atomically without torn lines and without rows after `iteration`.
+
+    With `keep_validation` False the validation at `iteration` goes too.
+    """
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and isinstance(row.get("iteration"), int) and row["iteration"] <= iteration:
+        if (
+            not (isinstance(row, dict) and isinstance(row.get("iteration"), int))
+            or row["iteration"] > iteration
+        ):
+            continue
+        if keep_validation or row["iteration"] < iteration or "validation_lm_loss" not in row:
             kept.append(line + "\n")
     write_atomically(path, "".join(kept))
 

@@ -139,7 +139,7 @@ class Reporter:
             sink.close()
 
 
-def _sinks(config: RunConfig, resumed_iteration: int) -> list[Sink]:
+def _sinks(config: RunConfig, resumed_iteration: int, total_iterations: int) -> list[Sink]:
     """Open what the rows go to; the file of an earlier part of the run is touched last, when nothing else can fail."""
     sinks: list[Sink] = []
     if config.logging.tensorboard_dir is not None:
@@ -147,19 +147,28 @@ def _sinks(config: RunConfig, resumed_iteration: int) -> list[Sink]:
     if config.logging.wandb_project is not None:
         sinks.append(WeightsAndBiases(config.logging, config.to_dict()))
     if config.checkpoint.save is not None:
-        sinks.append(JsonLines(Path(config.checkpoint.save), resumed_iteration=resumed_iteration))
+        is_trained = config.validation.skip_train or resumed_iteration >= total_iterations
+        directory = Path(config.checkpoint.save)
+        sinks.append(JsonLines(directory, resumed_iteration=resumed_iteration, validates_at_once=is_trained))
     return sinks
 
 
 def build_reporter(
-    config: RunConfig, context: ParallelContext, *, padded_vocab_size: int, resumed_iteration: int
+    config: RunConfig,
+    context: ParallelContext,
+    *,
+    padded_vocab_size: int,
+    resumed_iteration: int,
+    total_iterations: int,
 ) -> Reporter:
     """Open the sinks of rank 0 and look up what speed is held against.
 
     Raises:
         ConfigError: a sink cannot be opened.
     """
-    sinks = context.together(lambda: _sinks(config, resumed_iteration) if context.rank == 0 else [])
+    sinks = context.together(
+        lambda: _sinks(config, resumed_iteration, total_iterations) if context.rank == 0 else []
+    )
     device_name = torch.cuda.get_device_name(context.device) if context.is_on_gpu else ""
     return Reporter(
         config,

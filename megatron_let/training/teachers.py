@@ -10,7 +10,7 @@ import torch
 from megatron_let.config.run_config import RunConfig
 from megatron_let.errors import ConfigError
 from megatron_let.let import Teacher
-from megatron_let.let.hf_teacher import load_hf_teacher
+from megatron_let.let.hf_teacher import check_hf_teacher, load_hf_teacher
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.mcore.transformer_config import compute_dtype
 from megatron_let.training.checkpoint_files import (
@@ -59,6 +59,29 @@ def teacher_dtype(config: RunConfig) -> torch.dtype:
     """Return the type the teacher computes in: `--let-teacher-dtype`, by default the student's compute type."""
     name = config.let.let_teacher_dtype
     return compute_dtype(config) if name == "auto" else _DTYPES[name]
+
+
+def check_teacher(config: RunConfig, *, num_ids: int) -> None:
+    """Look at the teacher's files before anything large is built: a model, layer N, ids 0 to `num_ids` - 1.
+
+    Raises:
+        ConfigError: one of these is not so.
+    """
+    path, let = Path(str(config.let.let_teacher_load)), config.let
+    if teacher_format(config) == "hf":
+        model = check_hf_teacher(
+            path, layer=let.let_teacher_layer, trust_remote_code=let.let_trust_remote_code
+        )
+        vocab_size = int(model.vocab_size)
+    else:
+        from megatron_let.training.megatron_teacher import check_megatron_teacher
+
+        vocab_size = int(check_megatron_teacher(path, layer=let.let_teacher_layer)[1]["vocab_size"])
+    if num_ids > vocab_size:
+        raise ConfigError(
+            f"the student's token ids reach {num_ids - 1} but teacher {path} knows ids up to {vocab_size - 1}; student "
+            "and teacher must use the same tokenizer"
+        )
 
 
 def load_teacher(config: RunConfig, context: ParallelContext) -> Teacher:

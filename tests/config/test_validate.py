@@ -168,6 +168,10 @@ BROKEN_SCHEDULE = [
     ("--lr-warmup-init 1", "--lr-warmup-init 1.0 is larger than --lr"),
     ("--decoupled-min-lr 1e-5", "--decoupled-min-lr cannot take effect without --decoupled-lr"),
     ("--decoupled-lr 1e-5 --decoupled-min-lr 1e-4", "--decoupled-min-lr is larger than --decoupled-lr"),
+    (
+        "--optimizer sgd --use-distributed-optimizer",
+        "--use-distributed-optimizer cannot be saved with --optimizer sgd",
+    ),
     ("--sgd-momentum 0.5", "--sgd-momentum cannot take effect without --optimizer sgd"),
     (
         "--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler",

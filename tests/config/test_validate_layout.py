@@ -56,6 +56,11 @@ def message_of(config: RunConfig, world_size: int) -> str:
         ),
         ("--cp-comm-type a2a", 1, "--cp-comm-type cannot take effect without --context-parallel-size of 2"),
         (
+            "--context-parallel-size 2 --reset-attention-mask",
+            2,
+            "--reset-attention-mask cannot be used with --context-parallel-size 2",
+        ),
+        (
             "--context-parallel-size 2 --seq-length 30",
             2,
             "--seq-length 30 is not a multiple of 2 x --context",

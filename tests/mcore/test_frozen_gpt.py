@@ -15,13 +15,14 @@ import torch
 
 from megatron_let.config.derive import resolve
 from megatron_let.errors import ConfigError
+from megatron_let.mcore.frozen_gpt import load_frozen_gpt
 from megatron_let.mcore.parallel import ParallelContext, parallel_context
 from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.hf_students import STUDENTS, build_twin
 from megatron_let.testing.one_iteration import run_one_iteration, write_spread_checkpoint
 from megatron_let.testing.training import TINY_STUDENT, arguments, train
 from megatron_let.training.arguments import parse_arguments
-from megatron_let.training.megatron_teacher import load_megatron_teacher
+from megatron_let.training.megatron_teacher import check_megatron_teacher, load_megatron_teacher
 
 VOCABULARY, NUM_LAYERS = 61, 4
 LAYERS: tuple[int | None, ...] = (1, 2, 3, 4, None)
@@ -194,3 +195,31 @@ def test_a_checkpoint_of_another_program_is_no_teacher(
     (directory / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ConfigError, match="was not written by megatron_let"):
         teacher_of(copy, None, one_process)
+
+
+def test_settings_of_the_teachers_own_training_do_not_bind_the_teacher(
+    checkpoints: Checkpoints, one_process: ParallelContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was trained on other machines: with kernels, overlap and an attention backend that are not here."""
+    directory, tokens = checkpoints.written_on("llama", "one-process"), some_tokens()
+    expected = teacher_of(directory, None, one_process).states(tokens)
+    _, run = check_megatron_teacher(directory, layer=None)
+    run["config"]["transformer"].update(
+        fp8="hybrid",
+        fp8_param=True,
+        first_last_layers_bf16=True,
+        overlap_p2p_comm_warmup_flush=True,
+        gradient_accumulation_fusion=True,
+        masked_softmax_fusion=True,
+        bias_dropout_fusion=True,
+        apply_rope_fusion=True,
+        persist_layer_norm=True,
+        attention_backend="fused",
+    )
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "1")  # what a student with --attention-backend flash has left
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
+    frozen = load_frozen_gpt(
+        directory / "iter_0000001", run["config"], layer=None, dtype=torch.float32, device=torch.device("cpu")
+    )
+    assert torch.equal(frozen.states(tokens), expected)
+    assert (os.environ["NVTE_FLASH_ATTN"], os.environ["NVTE_FUSED_ATTN"]) == ("1", "0")

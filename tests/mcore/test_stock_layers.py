@@ -5,7 +5,7 @@ fp32 throughout; two kernels for the same few sums differ by some roundings of 6
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.testing import assert_close
 
+from megatron_let.mcore import model
 from megatron_let.mcore.batch import _document_mask
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.mcore.stock_layers import SdpaCoreAttention, StockNorm, stock_layer_spec
@@ -183,3 +184,25 @@ def test_the_layer_spec_uses_the_stock_parts(has_qk_norm: bool) -> None:
     assert layer.input_layernorm is layer.pre_mlp_layernorm is StockNorm
     assert attention.core_attention is SdpaCoreAttention
     assert (attention.q_layernorm is StockNorm) == (attention.k_layernorm is StockNorm) == has_qk_norm
+
+
+@pytest.mark.parametrize("has_document_masks", [False, True])
+def test_layers_of_transformer_engine_mask_documents_by_the_stock_attention(
+    has_document_masks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own attention, told that the mask is causal, would leave the given one unread."""
+
+    class Theirs(torch.nn.Module):
+        """Stands for Transformer Engine's attention."""
+
+    def their_spec(**_: Any) -> Any:
+        spec = stock_layer_spec(core_config())
+        spec.submodules.self_attention.submodules.core_attention = Theirs
+        return spec
+
+    monkeypatch.setattr(model, "get_gpt_layer_with_transformer_engine_spec", their_spec)
+    spec: Any = model._layer_spec(
+        core_config(), None, cast(Any, None), has_te_layers=True, has_document_masks=has_document_masks
+    )
+    attention = spec.submodules.self_attention.submodules.core_attention
+    assert attention is (SdpaCoreAttention if has_document_masks else Theirs)

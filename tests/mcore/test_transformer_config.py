@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_let.config.derive import resolve
+from megatron_let.mcore import transformer_config as module
 from megatron_let.mcore.transformer_config import build_transformer_config
 from megatron_let.testing.training import TINY_STUDENT, arguments
 from megatron_let.training.arguments import parse_arguments
@@ -27,3 +29,17 @@ def test_squared_relu_is_the_square_of_the_positive_part() -> None:
     config = resolve(parse_arguments(arguments(TINY_STUDENT, changes)), 1)
     activation = build_transformer_config(config, is_on_gpu=False).activation_func
     assert activation(torch.tensor([-2.0, 0.0, 3.0])).tolist() == [0.0, 0.0, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("is_there", "is_on_gpu", "expected"), [(True, True, True), (False, True, False), (False, False, True)]
+)
+def test_weight_gradients_are_fused_where_the_kernel_is(
+    is_there: bool, is_on_gpu: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU that is apex's, also with Transformer Engine: the LM head is megatron-core's own layer. On CPU ours."""
+    monkeypatch.setattr(module, "has_fused_weight_gradient", lambda: is_there)
+    monkeypatch.setattr(module, "has_transformer_engine", lambda: is_on_gpu)
+    config = resolve(parse_arguments(arguments(TINY_STUDENT, {"--mock-data": None})), 1)
+    fusions = module._resolve_fusions(config, dict.fromkeys(module._FUSIONS), is_on_gpu=is_on_gpu)
+    assert fusions["gradient_accumulation_fusion"] is expected

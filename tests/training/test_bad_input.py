@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megatron_let.testing.training import TINY_STUDENT, arguments
 from tests.training.bad_input import content_of
@@ -50,15 +51,17 @@ def saved(start: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def mistakes(saved: Path, token_files: Path, teacher: Path, tmp_path: Path) -> dict[str, dict[str, Any]]:
     """Return runs that each hold one mistake, all of them resuming from and saving to `saved`."""
-    cut_off = Path(shutil.copytree(teacher, tmp_path / "teacher"))
-    weights = cut_off / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
+    spoilt = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    weights = load_file(spoilt / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")  # seen by the stage that runs the teacher, the last
+    save_file(weights, spoilt / "model.safetensors", metadata={"format": "pt"})
     base = {"--data-path": token_files, "--train-iters": 3, "--save": saved, "--load": saved}
+    let = {"--let-stop-iters": 3, "--let-override": None}
     on_last_stage = {"--pipeline-model-parallel-size": 2, "--let-student-layer": 3}
     return {
         "unknown flag": {**base, "--num-layer": 4},
         "settings": {**base, "--num-layers": 3, "--pipeline-model-parallel-size": 2},
-        "teacher": {**base, **on_last_stage, "--let-teacher-load": cut_off, "--let-override": None},
+        "teacher": {**base, **on_last_stage, **let, "--let-teacher-load": spoilt},
         "checkpoint": {**base, "--strict-load": None},
     }
 
@@ -66,7 +69,7 @@ def mistakes(saved: Path, token_files: Path, teacher: Path, tmp_path: Path) -> d
 LINES = {
     "unknown flag": "error: unknown flag --num-layer; did you mean --num-layers?",
     "settings": "error: --num-layers 3 is not a multiple of --pipeline-model-parallel-size 2",
-    "teacher": "error: teacher {teacher} has a damaged or cut-off model.safetensors",
+    "teacher": "error: teacher {teacher} gives states that are not finite in torch.float32",
     "checkpoint": "error: checkpoint {saved}/iter_0000002 is damaged: __0_1.distcp does not match its checksum",
 }
 RUNS = [("settings", OURS), ("teacher", OURS), ("checkpoint", OURS), ("unknown flag", TORCHRUN), ("teacher", TORCHRUN)]  # fmt: skip

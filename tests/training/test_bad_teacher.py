@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.training import TINY_STUDENT, arguments, train
+from megatron_let.testing.training import refusal as train_refusal
 from megatron_let.training.let_record import teacher_identity
 from megatron_let.training.teachers import teacher_files
 from tests.training.bad_input import refusal, run, write_manifest_for, write_word_tokenizer
@@ -171,15 +173,12 @@ def test_a_megatron_teacher_trained_with_another_tokenizer(
     tokenizers = {"usual": WORDS, "swapped": [WORDS[1], WORDS[0], *WORDS[2:]]}
     for name, order in tokenizers.items():
         write_word_tokenizer(tmp_path / name, order)
-    base = {"--tokenizer-type": "HuggingFaceTokenizer", "--vocab-size": False, "--train-iters": 1}
+    base: dict[str, Any] = {"--tokenizer-type": "HuggingFaceTokenizer", "--vocab-size": False}
+    base["--train-iters"] = 1
     for name in tokenizers:
         write_manifest_for(prefix, tmp_path / name)
-        flags = {
-            "--data-path": prefix,
-            "--tokenizer-model": tmp_path / name,
-            "--save": tmp_path / f"by_{name}",
-        }
-        pool.run(1, train, arguments(TINY_STUDENT, {**base, **flags}))
+        own = {"--tokenizer-model": tmp_path / name, "--save": tmp_path / f"by_{name}"}
+        pool.run(1, train, arguments(TINY_STUDENT, {**base, "--data-path": prefix, **own}))
     flags = {**words, **base, "--data-path": prefix, "--tokenizer-model": tmp_path / "swapped"}
     message = refusal(pool, {**flags, "--let-teacher-load": tmp_path / "by_usual"})
     assert "use different tokenizers" in message
@@ -284,3 +283,30 @@ def test_the_dtype_that_overflows_is_named(damaged: Path, words: dict[str, Any],
     save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
     message = refusal(pool, {**words, "--let-teacher-load": damaged, "--let-teacher-dtype": "fp16"})
     assert "torch.float16" in message
+
+
+def refused_early(argv: list[str]) -> str | None:
+    """Return the refusal of a run that cannot build a model."""
+    with patch("megatron_let.training.build.build_student", side_effect=AssertionError("a model was built")):
+        return train_refusal(argv)
+
+
+@pytest.mark.parametrize("kind", ["hf", "megatron"])
+@pytest.mark.parametrize("mistake", ["layer", "vocabulary", "weights"])
+def test_what_can_be_seen_in_the_teachers_files_is_found_before_anything_is_built(
+    mistake: str, kind: str, damaged: Path, start: Path, words: dict[str, Any], pool: RankPool, tmp_path: Path
+) -> None:
+    path = damaged if kind == "hf" else Path(shutil.copytree(start, tmp_path / "copy"))
+    if mistake == "weights" and kind == "hf":
+        truncate(path)
+    elif mistake == "weights":
+        damage_newest(path, "__0_0.distcp", flip)
+    cases: dict[str, tuple[dict[str, Any], str]] = {
+        "layer": ({"--let-teacher-layer": 9}, "has layers 1 to"),
+        "vocabulary": ({"--vocab-size": 200}, "token ids reach 200"),
+        "weights": ({}, "damaged"),
+    }
+    flags, expected = cases[mistake]
+    argv = arguments(TINY_STUDENT, {**words, "--let-teacher-load": path, **flags})
+    for message in pool.run(2, refused_early, argv):
+        assert expected in str(message)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from megatron_let.testing.training import (
     stored_tensors,
     train,
 )
+from megatron_let.training.trainer import Trainer
 
 
 def test_weight_zero_is_the_plain_run_bit_for_bit(
@@ -101,3 +104,28 @@ def test_teacher_weights_are_not_in_the_checkpoint(
     assert {name: tensor.shape for name, tensor in plain.items()} == {
         name: tensor.shape for name, tensor in guided.items()
     }
+
+
+def train_watching_determinism(argv: list[str]) -> bool:
+    """Train and return whether torch was held to deterministic algorithms meanwhile."""
+    seen: list[bool] = []
+    step = Trainer.step
+
+    def watched(trainer: Trainer, iterators: list[Any]) -> None:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        step(trainer, iterators)
+
+    with patch.object(Trainer, "step", watched):
+        train(argv)
+    assert not torch.are_deterministic_algorithms_enabled(), "put back"
+    return all(seen) and bool(seen)
+
+
+def test_deterministic_mode_holds_torch_to_it_and_changes_no_number(
+    pool: RankPool, token_files: Path, tmp_path: Path
+) -> None:
+    base = {"--data-path": token_files, "--hidden-dropout": 0.1}
+    for name, changes in {"plain": {}, "deterministic": {"--deterministic-mode": None}}.items():
+        words = arguments(TINY_STUDENT, {**base, **changes, "--save": tmp_path / name})
+        assert pool.run(1, train_watching_determinism, words) == [name == "deterministic"]
+    assert numbers(tmp_path / "plain") == numbers(tmp_path / "deterministic")

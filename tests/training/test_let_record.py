@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ RECORD = LetRecord(
     stop_fraction=None,
     loss="cosine",
     projection="interpolate",
+    teacher_dtype="float32",
     teacher_identity="abc",
 )
 STRICT = LetConfig()
@@ -29,15 +30,25 @@ OTHER: dict[str, Any] = {
     "teacher_layer": 5,
     "weight": 0.2,
     "stop_iteration": 16,
-    "stop_fraction": 0.5,
     "loss": "logsum",
     "projection": "linear",
+    "teacher_dtype": "bfloat16",
     "teacher_identity": "xyz",
 }
 
 
+# What changes no number, or is recorded as something else: the teacher by its files, S_stop as an iteration.
+NOT_RECORDED = {
+    *("let_teacher_load", "let_teacher_format", "let_trust_remote_code", "let_override", "let_share_teacher"),
+    *("let_stop_iters", "let_stop_fraction", "let_control", "objective"),
+}
+
+
 def test_the_table_of_differences_covers_every_setting() -> None:
-    assert OTHER.keys() == asdict(RECORD).keys()
+    assert OTHER.keys() | {"stop_fraction"} == asdict(RECORD).keys()
+    flags = {field.name for field in fields(LetConfig)} - NOT_RECORDED
+    recorded = {f"let_{name}" for name in asdict(RECORD)}
+    assert flags <= recorded, "a flag that changes the numbers must be recorded and compared"
 
 
 def test_a_record_survives_the_checkpoint() -> None:
@@ -89,6 +100,13 @@ def test_a_stop_given_as_a_fraction_stays_where_the_run_began() -> None:
     other = replace(longer, stop_fraction=0.3)
     with pytest.raises(ConfigError, match="stop"):
         reconcile(saved.to_dict(), other, completed_iterations=5, let=STRICT)
+
+
+@pytest.mark.parametrize(("saved", "now"), [(None, 0.15), (0.15, None)])
+def test_the_same_s_stop_may_be_said_in_another_way(saved: float | None, now: float | None) -> None:
+    """15 iterations, or 0.15 of 100."""
+    before, after = replace(RECORD, stop_fraction=saved), replace(RECORD, stop_fraction=now)
+    assert reconcile(before.to_dict(), after, completed_iterations=5, let=STRICT) == before
 
 
 @pytest.mark.parametrize(("completed", "is_gone_allowed"), [(14, False), (15, True), (100, True)])

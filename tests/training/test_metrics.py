@@ -14,6 +14,7 @@ from megatron_let.config.derive import resolve
 from megatron_let.errors import EXIT_PREEMPTED
 from megatron_let.mcore.parallel import parallel_context
 from megatron_let.testing.distributed import RankPool
+from megatron_let.testing.one_iteration import run_one_iteration
 from megatron_let.testing.training import TINY_STUDENT, arguments
 from megatron_let.training.arguments import parse_arguments
 from megatron_let.training.build import build_trainer
@@ -40,6 +41,7 @@ ROW = TrainingRow(
     let_cosine_centered=0.125,
     let_weight=0.1,
     grad_norm=1.5,
+    num_zeros_in_grad=None,
     learning_rate=3e-3,
     global_batch_size=8,
     loss_scale=1.0,
@@ -124,6 +126,8 @@ def test_what_does_not_exist_is_left_out_of_the_line_and_null_in_the_file(tmp_pa
     line = format_training_row(plain, train_iters=20, eta_seconds=0)
     assert "let" not in line.replace("iteration", "")
     assert columns(line)["grad norm"] == "n/a"
+    assert "num zeros" not in columns(line)
+    assert columns(line_of(num_zeros_in_grad=12))["num zeros"] == "12"
     assert columns(line_of(mfu=0.42))["MFU"] == "42.0%"
     sink = JsonLines(tmp_path, resumed_iteration=0)
     sink.write(plain)
@@ -140,6 +144,8 @@ def test_a_resume_drops_torn_lines_and_rows_past_it(tmp_path: Path) -> None:
     path.write_text("\n".join([*lines, "[1, 2]", "7", '{"no": "iteration"}', torn]))
     drop_rows_past(path, 2)
     assert path.read_text() == "\n".join(lines[:3]) + "\n"
+    drop_rows_past(path, 2, keep_validation=False)
+    assert path.read_text() == "\n".join(lines[:2]) + "\n"
 
 
 @pytest.mark.parametrize("tail", [b"\xff\xfe\x00", b'{"iteration": 1', b"\n\n", b"NaN\n", b""])
@@ -213,3 +219,19 @@ def test_sinks_are_closed_also_when_the_run_is_cut_short(pool: RankPool) -> None
     ((code, told),) = pool.run(1, run_with_a_sink, arguments(TINY_STUDENT, changes))
     assert code == EXIT_PREEMPTED
     assert told == ["TrainingRow", "TrainingRow", "close"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_zeros_in_the_gradient_are_counted_when_asked_for(world_size: int, pool: RankPool) -> None:
+    words = arguments(
+        TINY_STUDENT,
+        {"--mock-data": None, "--train-iters": False, "--tensor-model-parallel-size": world_size},
+    )
+    asked = pool.run(world_size, run_one_iteration, [*words, "--log-num-zeros-in-grad"])[0]
+    expected = sum(int((gradient == 0).sum()) for gradient in asked.gradients.values())
+    assert expected > 48 * 11, "rows of padding have none"
+    assert asked.row is not None
+    assert asked.row.num_zeros_in_grad == expected
+    silent = pool.run(world_size, run_one_iteration, words)[0]
+    assert silent.row is not None
+    assert silent.row.num_zeros_in_grad is None

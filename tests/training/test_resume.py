@@ -15,6 +15,7 @@ from megatron_let.testing.training import (
     arguments,
     assert_bitwise,
     largest_difference,
+    metrics_rows,
     model_tensors,
     numbers,
     refusal,
@@ -112,6 +113,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "layer": ({"--let-student-layer": 3}, "student layer is 3"),
     "stop": ({"--let-stop-iters": 4}, "stop iteration is 4"),
     "teacher layer": ({"--let-teacher-layer": 1}, "teacher layer is 1"),
+    "teacher dtype": ({"--let-teacher-dtype": "bf16"}, "teacher dtype is bfloat16"),
     "no teacher": (
         {"--let-teacher-load": False, "--let-weight": False, "--let-stop-iters": False},
         "was trained with a LET teacher",
@@ -130,6 +132,18 @@ def test_changed_let_settings_are_refused_on_resume_unless_overridden(
     assert refused is not None
     assert message in refused
     pool.run(1, train, arguments(TINY_STUDENT, {**own, **flags, "--let-override": None}))
+
+
+def test_a_finished_run_started_again_leaves_its_rows_as_they_are(
+    base: dict[str, Any], pool: RankPool, tmp_path: Path
+) -> None:
+    own = {**base, "--save": tmp_path, "--load": tmp_path, "--eval-iters": 1, "--eval-interval": 2}
+    words = arguments(TINY_STUDENT, {**own, "--split": "900,100,0"})
+    pool.run(1, train, words)
+    before = metrics_rows(tmp_path)
+    assert [row["iteration"] for row in before if "validation_lm_loss" in row] == [2, 4, 5]
+    pool.run(1, train, words)
+    assert metrics_rows(tmp_path) == before
 
 
 def test_another_teacher_is_refused_on_resume(

@@ -43,6 +43,10 @@ def check_context_parallel(config: RunConfig) -> None:
     if context == 1:
         require_takes_effect(transformer, "cp_comm_type", needs="--context-parallel-size of 2 or more")
         return
+    require(
+        not config.data.reset_attention_mask,
+        f"--reset-attention-mask cannot be used with --context-parallel-size {context}; leave one out",
+    )
     hint = "each rank takes two chunks"
     require_divisible(
         config.model.seq_length, 2 * context, "--seq-length", "2 x --context-parallel-size =", hint

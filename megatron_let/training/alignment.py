@@ -58,6 +58,7 @@ class Alignment:
         self._num_microbatches = 1
         self._loss_scale: float | torch.Tensor = 1.0
         self._is_training = False
+        self._is_released = False
         owner = find_layer(student.gpt_chunks, objective.student_layer)
         self.owner_chunk = None if owner is None else owner[0]
         self._tap: LayerTap[AlignmentTarget] | None = None
@@ -67,8 +68,8 @@ class Alignment:
 
     @property
     def is_released(self) -> bool:
-        """Return whether the teacher is gone for good."""
-        return self._tap is None and self.owner_chunk is not None
+        """Return whether the teacher is gone for good, on every rank alike."""
+        return self._is_released
 
     def begin_iteration(
         self, completed_iterations: int, *, num_microbatches: int, loss_scale: float | torch.Tensor
@@ -144,6 +145,7 @@ class Alignment:
             self._tap.remove()
         self._tap = None
         self.teacher = None
+        self._is_released = True
         gc.collect()
         if self._context.is_on_gpu:
             torch.cuda.empty_cache()

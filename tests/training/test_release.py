@@ -82,8 +82,8 @@ def _num_hooks(layer: torch.nn.Module) -> int:
 
 
 @pytest.mark.parametrize(
-    ("num_stages", "student_layer"),
-    [(1, 2), (2, 1), (2, 4)],
+    ("owners", "student_layer"),
+    [([True], 2), ([True, False], 1), ([False, True], 4)],
     ids=["one-process", "first-stage", "last-stage"],
 )
 def test_the_teacher_is_released_once_on_every_rank_and_nothing_of_it_stays(

@@ -79,7 +79,7 @@ def segment_states(teacher: Teacher, tokens: Tensor, document_starts: Tensor | N
         return teacher.states(tokens)
     if length % window == 0:
         states = teacher.states(tokens.reshape(-1, window))  # [b * s / window, window, d_t]
-        return states.view(num_rows, length, -1)
+        return states.reshape(num_rows, length, -1)
     whole = length - length % window
     head = segment_states(teacher, tokens[:, :whole])
     return torch.cat([head, teacher.states(tokens[:, whole:])], dim=1)

@@ -118,7 +118,7 @@ def build_twin(family: StudentFamily, weights: Tensors, *, vocab_size: int) -> T
         real = {name: t[:vocab_size] if _is_vocabulary(name) else t for name, t in tensors.items()}
         return convert(family, real)
 
-    model = _empty_model(family, vocab_size).eval()
+    model = empty_twin(family, vocab_size).eval()
     missing, unexpected = model.load_state_dict(to_hf(weights), strict=False)
     assert not unexpected, f"no place for {unexpected}"
     expected = ["lm_head.weight"] if family.is_tied else []
@@ -131,7 +131,8 @@ def _is_vocabulary(name: str) -> bool:
     return name in ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
-def _empty_model(family: StudentFamily, vocab_size: int) -> Any:
+def empty_twin(family: StudentFamily, vocab_size: int) -> Any:
+    """Return the family's Hugging Face model with weights that are still random."""
     import transformers
 
     shape: dict[str, Any] = {

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_let.config.derive import resolve
 from megatron_let.planning.flops import PEAK_BF16_TFLOPS, peak_flops, training_flops_per_token
-from megatron_let.testing.hf_students import NUM_HEADS, NUM_LAYERS, STUDENTS, StudentFamily, _empty_model
+from megatron_let.testing.hf_students import NUM_HEADS, NUM_LAYERS, STUDENTS, StudentFamily, empty_twin
 from megatron_let.testing.training import TINY_STUDENT, arguments
 from megatron_let.training.arguments import parse_arguments
 
@@ -19,7 +19,7 @@ VOCABULARY, LENGTH = 61, 32
 
 def counted_forward_flops(family: StudentFamily) -> float:
     """Return the FLOPs a token of the Hugging Face twin's forward pass, attention over the whole square."""
-    model = _empty_model(family, VOCABULARY)
+    model = empty_twin(family, VOCABULARY)
     model.set_attn_implementation("eager")  # plain matrix products
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, LENGTH, dtype=torch.long))

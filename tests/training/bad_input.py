@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
 
 def outcome(argv: list[str]) -> Outcome:
     """Run the program on this rank; a user's mistake is a result like another, any other exception is not."""
-    with _logged_lines() as lines:
+    with logged_lines() as lines:
         try:
             return Outcome(train(argv), "", lines)
         except ConfigError as mistake:
@@ -39,7 +39,8 @@ def outcome(argv: list[str]) -> Outcome:
 
 
 @contextmanager
-def _logged_lines() -> Iterator[list[str]]:
+def logged_lines() -> Iterator[list[str]]:
+    """Yield a list that is filled with what this rank logs, each line after its level."""
     lines: list[str] = []
 
     class Collector(logging.Handler):

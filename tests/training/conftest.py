@@ -10,9 +10,7 @@ import pytest
 from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.tiny_teachers import write_tiny_teacher
 from megatron_let.testing.training import TINY_STUDENT, arguments, train, write_token_files
-
-EOD = 60
-"""The NullTokenizer's end of document for --vocab-size 60."""
+from tests.training.our_side import EOD, Ours
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +47,9 @@ def start(pool: RankPool, token_files: Path, tmp_path_factory: pytest.TempPathFa
     changes = {"--data-path": token_files, "--train-iters": 2, "--save": directory}
     pool.run(1, train, arguments(TINY_STUDENT, changes))
     return directory
+
+
+@pytest.fixture(scope="session")
+def ours(pool: RankPool, token_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Ours:
+    """Return the maker of our side."""
+    return Ours(pool, token_files, tmp_path_factory.mktemp("spread"))

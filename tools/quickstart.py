@@ -114,8 +114,9 @@ def _run_step(step: Step, log: Path, progress: ProgressLine) -> None:
     is_resumed = directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     earlier = float(step.stamp().get("seconds", 0.0))
-    started = time.monotonic()
-    step.write_stamp(seconds=earlier, is_done=False)
+    # Of now: what is edited while the step runs did not go into it.
+    started, key = time.monotonic(), step.key()
+    step.write_stamp(key=key, seconds=earlier, is_done=False)
     if not is_resumed:
         log.unlink(missing_ok=True)
     watch: Callable[[], Status] = LogWatch(log)
@@ -132,8 +133,8 @@ def _run_step(step: Step, log: Path, progress: ProgressLine) -> None:
                 progress=progress,
             )
     finally:
-        step.write_stamp(seconds=earlier + time.monotonic() - started, is_done=False)
-    step.write_stamp(seconds=earlier + time.monotonic() - started, is_done=True)
+        step.write_stamp(key=key, seconds=earlier + time.monotonic() - started, is_done=False)
+    step.write_stamp(key=key, seconds=earlier + time.monotonic() - started, is_done=True)
     text = watch().text if step.train_iters is not None else last_lines(log, 1)[-1]
     progress.finish_step(f"{text} ({time.monotonic() - started:.0f} s)")
 

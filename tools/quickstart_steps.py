@@ -76,9 +76,9 @@ class Step:
         stamp = self.stamp()
         return bool(stamp.get("is_done")) and stamp.get("key") == self.key()
 
-    def write_stamp(self, *, seconds: float, is_done: bool) -> None:
-        """Note how far this step is and the seconds that it took."""
-        stamp = {"key": self.key(), "is_done": is_done, "seconds": round(seconds, 2)}
+    def write_stamp(self, *, key: str, seconds: float, is_done: bool) -> None:
+        """Note how far this step is, the seconds that it took, and the `key` it had when it began."""
+        stamp = {"key": key, "is_done": is_done, "seconds": round(seconds, 2)}
         write_atomically(ROOT / self.directory / STAMP, json.dumps(stamp) + "\n")
 
 

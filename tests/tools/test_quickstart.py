@@ -270,13 +270,25 @@ def test_only_a_training_run_is_kept_when_it_was_interrupted(tiny: Path, tmp_pat
     steps = steps_of(tiny, tmp_path)
     for name in ("tokenizer", "plain"):
         steps[name].directory.mkdir()
-        steps[name].write_stamp(seconds=1.0, is_done=False)
+        steps[name].write_stamp(key=steps[name].key(), seconds=1.0, is_done=False)
         quickstart._clear_what_is_stale(steps[name])
     assert not steps["tokenizer"].directory.exists()
     assert steps["plain"].directory.exists()
     replace_in(tiny / "student.yaml", "lr: 0.01", "lr: 0.02")
     quickstart._clear_what_is_stale(steps_of(tiny, tmp_path)["plain"])
     assert not steps["plain"].directory.exists()
+
+
+def test_a_file_edited_while_its_step_runs_makes_the_step_stale(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_text("before")
+    edit = f"import pathlib; print('edited'); pathlib.Path({str(source)!r}).write_text('after')"
+    step = Step("corpus", "corpus", tmp_path / "corpus", (("-c", edit),), inputs=(source,))
+    quickstart._run_step(step, tmp_path / "log", plan(1.0))
+    assert step.stamp()["is_done"]
+    assert not step.is_done()
+    source.write_text("before")
+    assert step.is_done()
 
 
 def test_a_directory_that_is_not_ours_is_left_alone(

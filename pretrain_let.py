@@ -1,8 +1,6 @@
 """Pretrain a GPT with megatron-core, plain or guided by a small frozen teacher (LET, arXiv 2602.05393).
 
-    python -m megatron_let.launch --nproc-per-node 8 pretrain_let.py --num-layers 24 ... --let-teacher-load DIR
-
-Flags: --help, docs/flags.md.
+python -m megatron_let.launch --nproc-per-node 8 pretrain_let.py --num-layers 24 ... --let-teacher-load DIR
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ MAX_FUNCTION_LINES = 60
 FOUNDATION = frozenset(
     {"__init__", "errors", "log", "optional", "lifetime", "exit_status", "entry", "launch"}
 )
+# The part of the foundation that starts in a moment, before anything else is known to work.
+WITHOUT_TORCH = frozenset({"errors", "log", "optional", "lifetime", "exit_status", "entry"})
 # What each room may import besides itself and the foundation. `let` and `mcore` never meet: `training` joins them.
 ROOMS: Mapping[str, frozenset[str]] = {
     "config": frozenset(),
@@ -144,6 +146,17 @@ def megatron_imports(modules: Iterable[Module]) -> list[str]:
         if module.room not in ("mcore", TEST_KIT)
         for name, line in imports_of(module)
         if name.split(".")[0] == "megatron"
+    ]
+
+
+def torch_imports(modules: Iterable[Module]) -> list[str]:
+    """Name each import of torch in the part of the foundation that does without."""
+    return [
+        f"{module.path}:{line} imports {name}; the foundation does without torch"
+        for module in modules
+        if module.room in WITHOUT_TORCH
+        for name, line in imports_of(module)
+        if name.split(".")[0] == "torch"
     ]
 
 

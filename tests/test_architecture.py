@@ -16,6 +16,7 @@ from tests.architecture import (
     oversize,
     parse,
     read_modules,
+    torch_imports,
     upward_imports,
 )
 
@@ -44,9 +45,16 @@ def test_no_modules_import_each_other_in_a_circle(package: list[Module]) -> None
     assert import_cycles(package) == []
 
 
-def test_only_mcore_imports_megatron(package: list[Module]) -> None:
-    entry = read_modules(ROOT, "pretrain_let.py")
-    assert megatron_imports([*package, *entry]) == []
+def test_only_mcore_imports_megatron(package: list[Module], programs: list[Module]) -> None:
+    assert megatron_imports([*package, *programs]) == []
+
+
+def test_the_foundation_does_without_torch(package: list[Module]) -> None:
+    assert torch_imports(package) == []
+
+
+def test_the_entry_script_is_short() -> None:
+    assert len((ROOT / "pretrain_let.py").read_text().splitlines()) < 40
 
 
 def test_files_and_functions_can_be_read_in_one_go(package: list[Module], programs: list[Module]) -> None:
@@ -115,6 +123,12 @@ def test_a_stray_megatron_import_is_found_and_our_own_name_is_not_one(source: st
     assert len(megatron_imports([parse("megatron_let.data.batches", source)])) >= 1
     assert megatron_imports([parse("megatron_let.mcore.batches", source)]) == []
     assert megatron_imports([parse("megatron_let.data.batches", "import megatron_let.errors")]) == []
+
+
+def test_torch_in_the_foundation_is_found() -> None:
+    for source in ("import torch", "def f():\n    from torch import distributed"):
+        assert len(torch_imports([parse("megatron_let.errors", source)])) >= 1
+    assert torch_imports([parse("megatron_let.let.losses", "import torch")]) == []
 
 
 def test_a_circle_is_found_even_through_a_package_and_inside_a_function() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import pytest
 
@@ -30,3 +31,21 @@ def pool() -> Iterator[RankPool]:
     """Return the session's pool of up to four gloo ranks; workers start when first needed."""
     with RankPool(4) as ranks:
         yield ranks
+
+
+@pytest.fixture
+def context_of() -> Callable[..., Any]:
+    """Return a maker of contexts for code that only looks at ranks and sizes: no process group stands behind."""
+    import torch  # here, as below: torch must not be imported before the environment is set
+
+    from megatron_let.mcore.parallel import ParallelContext
+
+    def make(**changes: Any) -> ParallelContext:
+        dimensions = {
+            f"{kind}_{what}": what == "size" for kind in ("tp", "pp", "cp", "dp") for what in ("rank", "size")
+        }
+        values: dict[str, Any] = {name: int(value) for name, value in dimensions.items()}
+        values.update(rank=0, world_size=1, vp_size=None, device=torch.device("cpu"), groups=cast(Any, None))
+        return ParallelContext(**{**values, **changes})
+
+    return make

@@ -21,11 +21,17 @@ from megatron_let.testing.training import (
 )
 from megatron_let.training.trainer import Trainer
 
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2-sp": {"--tensor-model-parallel-size": 2, "--sequence-parallel": None},
+    "pp2": {"--pipeline-model-parallel-size": 2},
+}
+DROPOUT = {"--hidden-dropout": 0.1, "--attention-dropout": 0.1}
+
 
 def test_weight_zero_is_the_plain_run_bit_for_bit(
     pool: RankPool, token_files: Path, teacher: Path, tmp_path: Path
 ) -> None:
-    base = {"--data-path": token_files, "--hidden-dropout": 0.1, "--attention-dropout": 0.1}
+    base = {"--data-path": token_files, **DROPOUT}
     let = {"--let-teacher-load": teacher, "--let-weight": 0.0, "--let-stop-iters": 4}
     for name, changes in {"plain": {}, "zero": let}.items():
         pool.run(2, train, arguments(TINY_STUDENT, {**base, **changes, "--save": tmp_path / name}))
@@ -34,10 +40,32 @@ def test_weight_zero_is_the_plain_run_bit_for_bit(
     assert all(row["let_cosine"] is None and row["let_weight"] is None for row in numbers(tmp_path / "zero"))
 
 
+@pytest.mark.parametrize("kind", ["hf", "megatron"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_teacher_that_runs_leaves_the_students_dropout_as_it_is(
+    layout: str, kind: str, pool: RankPool, token_files: Path, teacher: Path, start: Path, tmp_path: Path
+) -> None:
+    """The first iteration's loss, over eight microbatches, comes before LET has changed a weight."""
+    base = {"--data-path": token_files, "--train-iters": 1, **DROPOUT, **LAYOUTS[layout]}
+    let = {
+        "--let-teacher-load": teacher if kind == "hf" else start,
+        "--let-weight": 1.0,
+        "--let-stop-iters": 1,
+    }
+    rows = {}
+    for name, changes in {"plain": {}, "let": let}.items():
+        words = {**base, **changes, "--save": tmp_path / name}
+        pool.run(2, train, arguments(TINY_STUDENT, words))
+        (rows[name],) = numbers(tmp_path / name)
+    assert rows["let"]["let_cosine"] is not None
+    assert rows["let"]["lm_loss"] == rows["plain"]["lm_loss"]
+    assert rows["let"]["grad_norm"] != rows["plain"]["grad_norm"]
+
+
 def test_after_stop_the_run_is_what_a_run_without_teacher_makes_of_that_state(
     pool: RankPool, token_files: Path, teacher: Path, tmp_path: Path
 ) -> None:
-    base = {"--data-path": token_files, "--tensor-model-parallel-size": 2, "--sequence-parallel": None}
+    base = {"--data-path": token_files, **DROPOUT, **LAYOUTS["tp2-sp"]}
     let = {"--let-teacher-load": teacher, "--let-weight": 1.0, "--let-stop-iters": 2}
     whole = {**base, **let, "--save": tmp_path / "let", "--save-interval": 2}
     pool.run(2, train, arguments(TINY_STUDENT, whole))

@@ -51,18 +51,32 @@ def base(token_files: Path, teacher: Path) -> dict[str, Any]:
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     layout: str, cut: int, base: dict[str, Any], pool: RankPool, tmp_path: Path
 ) -> None:
-    if cut != 2 and layout not in ("one", "tp2-sp"):
-        pytest.skip("cuts at and after S_stop are run on two layouts")
+    if cut != 2 and layout not in ("one", "tp2-sp", "pp2-vp2"):
+        pytest.skip("cuts at and after S_stop are run on three layouts")
     world_size, flags = LAYOUTS[layout]
-    words = {**base, **flags}
-    pool.run(world_size, train, arguments(TINY_STUDENT, {**words, "--save": tmp_path / "whole"}))
-    own = {**words, "--save": tmp_path / "cut", "--load": tmp_path / "cut"}
+    assert_resumes_bitwise(pool, world_size, {**base, **flags}, cut, tmp_path)
+
+
+def assert_resumes_bitwise(
+    pool: RankPool, world_size: int, words: dict[str, Any], cut: int, directory: Path
+) -> None:
+    """Assert that a run cut after iteration `cut` and resumed is, bit for bit, the uninterrupted one."""
+    pool.run(world_size, train, arguments(TINY_STUDENT, {**words, "--save": directory / "whole"}))
+    own = {**words, "--save": directory / "cut", "--load": directory / "cut"}
     codes = pool.run(world_size, train, arguments(TINY_STUDENT, {**own, "--exit-interval": cut}))
     assert set(codes) == {EXIT_PREEMPTED}
     codes = pool.run(world_size, train, arguments(TINY_STUDENT, own))
     assert set(codes) == {EXIT_DONE}
-    assert numbers(tmp_path / "whole") == numbers(tmp_path / "cut")
-    assert_bitwise(tmp_path / "whole", tmp_path / "cut", 5)
+    assert numbers(directory / "whole") == numbers(directory / "cut")
+    assert_bitwise(directory / "whole", directory / "cut", 5)
+
+
+def test_a_run_with_a_megatron_teacher_resumes_bitwise(
+    base: dict[str, Any], start: Path, pool: RankPool, tmp_path: Path
+) -> None:
+    """Building that teacher draws random numbers from Megatron's own states too, and at another time than before."""
+    words = {**base, "--let-teacher-load": start, "--attention-dropout": 0.1}
+    assert_resumes_bitwise(pool, 1, words, 2, tmp_path)
 
 
 RESHARDED = {
@@ -168,10 +182,14 @@ def test_a_resume_after_stop_works_with_the_teacher_gone(
 ) -> None:
     gone = tmp_path / "teacher"
     shutil.copytree(teacher, gone)
-    own = {**base, "--let-teacher-load": gone, "--save": tmp_path / "run", "--load": tmp_path / "run"}
+    base = {**base, "--let-teacher-load": gone}
+    pool.run(1, train, arguments(TINY_STUDENT, {**base, "--save": tmp_path / "whole"}))
+    own = {**base, "--save": tmp_path / "run", "--load": tmp_path / "run"}
     pool.run(1, train, arguments(TINY_STUDENT, {**own, "--exit-interval": 3}))
     shutil.rmtree(gone)
     assert pool.run(1, train, arguments(TINY_STUDENT, own)) == [EXIT_DONE]
+    assert numbers(tmp_path / "whole") == numbers(tmp_path / "run")
+    assert_bitwise(tmp_path / "whole", tmp_path / "run", 5)
 
 
 def test_a_run_can_be_made_longer(base: dict[str, Any], pool: RankPool, tmp_path: Path) -> None:

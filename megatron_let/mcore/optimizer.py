@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -16,7 +16,8 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from megatron_let.config.run_config import RunConfig
 from megatron_let.mcore.model import Student
@@ -29,7 +30,7 @@ def build_optimizer(config: RunConfig, student: Student) -> MegatronOptimizer:
     optimizer = get_megatron_optimizer(
         core,
         student.chunks,
-        config_overrides=get_standard_config_overrides(config=core),
+        config_overrides=_group_overrides(core),
         use_gloo_process_groups=False,
     )
     _use_fused_adam_on_cpu(optimizer)
@@ -37,6 +38,21 @@ def build_optimizer(config: RunConfig, student: Student) -> MegatronOptimizer:
     student.core_config.finalize_model_grads_func = finalize_model_grads
     _tie_overlapped_communication(config, student)
     return optimizer
+
+
+def _group_overrides(core: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
+    """Return what sets some parameters apart: no weight decay, `--decoupled-lr`.
+
+    A load tells the groups of a checkpoint apart by `is_decoupled_lr` among others, which megatron-core 0.16 always
+    leaves False: the embedding would get the rates of the other matrices, or they its.
+    """
+    overrides = get_standard_config_overrides(config=core)
+    return {
+        key: cast(ParamGroupOverride, {**override, "is_decoupled_lr": True})
+        if "max_lr" in override
+        else override
+        for key, override in overrides.items()
+    }
 
 
 def _tie_overlapped_communication(config: RunConfig, student: Student) -> None:

@@ -55,6 +55,15 @@ def _group_overrides(core: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride
     }
 
 
+def set_learning_rates(optimizer: MegatronOptimizer, config: RunConfig) -> None:
+    """Give every parameter group the largest and smallest rate of these settings; a load brings the checkpoint's."""
+    own = config.optimizer
+    decoupled_min = own.min_lr if own.decoupled_min_lr is None else own.decoupled_min_lr
+    for group in optimizer.param_groups:
+        rates = (own.decoupled_lr, decoupled_min) if group["is_decoupled_lr"] else (own.lr, own.min_lr)
+        group["max_lr"], group["min_lr"] = rates
+
+
 def _tie_overlapped_communication(config: RunConfig, student: Student) -> None:
     core, chunks = student.core_config, student.chunks
     if config.ddp.overlap_grad_reduce:
@@ -104,6 +113,25 @@ def build_lr_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> Optim
         wsd_decay_steps=wsd,
         lr_wsd_decay_style=schedule.lr_wsd_decay_style,
     )
+
+
+# What decides the rates and is missing in megatron-core's own state of a scheduler.
+_UNSAVED = ("init_lr", "wsd_decay_steps", "lr_wsd_decay_style")
+
+
+def schedule_state(scheduler: OptimizerParamScheduler) -> dict[str, Any]:
+    """Return everything that a schedule is made of, by names, and its position `num_steps`."""
+    return {**scheduler.state_dict(), **{name: getattr(scheduler, name) for name in _UNSAVED}}
+
+
+def load_schedule(scheduler: OptimizerParamScheduler, saved: dict[str, Any]) -> None:
+    """Bring a scheduler to the position of a saved one; what else it takes over depends on how it was built."""
+    if scheduler.use_checkpoint_opt_param_scheduler:
+        for name in _UNSAVED:
+            setattr(scheduler, name, saved.get(name, getattr(scheduler, name)))
+    scheduler.load_state_dict(saved)
+    # megatron-core sets the weight decay before it takes over the values that this follows from
+    scheduler.step(increment=0)
 
 
 def prepare_to_load(optimizer: MegatronOptimizer) -> None:

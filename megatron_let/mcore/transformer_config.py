@@ -58,7 +58,8 @@ def build_transformer_config(config: RunConfig, *, is_on_gpu: bool) -> Transform
     has_virtual_stages = config.transformer.virtual_pipeline_model_parallel_size is not None
     values.update(
         params_dtype=dtype,
-        pipeline_dtype=dtype,
+        # Stages send each other the residual stream.
+        pipeline_dtype=torch.float32 if config.transformer.fp32_residual_connection else dtype,
         # On CPU an overlapped send still reads the output when the schedule would free it.
         deallocate_pipeline_outputs=is_on_gpu or not has_virtual_stages,
         # Batched p2p mixes up the messages of virtual stages between the same two ranks.

@@ -134,6 +134,7 @@ def message_of(config: RunConfig, world_size: int) -> str:
             2,
             "--microbatch-group-size-per-virtual-pipeline-stage is 2 (the pipeline stages) or more, got 1",
         ),
+        ("--ddp-bucket-size 9", 1, "--ddp-bucket-size cannot take effect without --overlap-grad-reduce"),
         (
             "--overlap-param-gather",
             1,

@@ -172,6 +172,8 @@ def check_interleaved_microbatches(config: RunConfig, world_size: int) -> None:
 def check_data_parallel(config: RunConfig) -> None:
     """Flags of gradient reduction and of the distributed optimizer."""
     ddp, distributed = config.ddp, config.optimizer.use_distributed_optimizer
+    if not ddp.overlap_grad_reduce:
+        require_takes_effect(ddp, "bucket_size", needs="--overlap-grad-reduce")
     if not distributed:
         only = (
             "overlap_param_gather",

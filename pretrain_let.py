@@ -29,7 +29,7 @@ def main(report: RunReport) -> int:
     with stop_on_signal(is_on=is_caught) as stop, parallel_context(config) as context:
         trainer = build_trainer(config, context, stop)
         try:
-            return trainer.fit()
+            return trainer.fit(started=report.started)
         finally:
             report.iteration = trainer.state.iteration
 

@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 from megatron_let.errors import EXIT_CRASH, EXIT_DONE, LetError
@@ -47,6 +47,8 @@ class RunReport:
     iteration: int | None = None
     reason: str | None = None  # why it ended, when it ended by itself; default: the name of its exit code
     message: str = ""
+    started: float = field(default_factory=time.monotonic)
+    """When the program did, on `time.monotonic`'s clock."""
 
     def saves_to(self, directory: str | os.PathLike[str] | None) -> None:
         """Note where `exit_status.json` belongs, and drop the one of an earlier run (rank 0); None: nowhere."""

@@ -76,6 +76,13 @@ class BatchPlan:
             return self.full
         return start + int(consumed_samples / (samples / increments)) * increment
 
+    def sizes(self) -> list[int]:
+        """Return every global batch size of the run, smallest first."""
+        if self.rampup is None or self.rampup[2] == 0:
+            return [self.full]
+        start, increment, _ = self.rampup
+        return [*range(start, self.full, increment), self.full]
+
     def num_microbatches(self, consumed_samples: int) -> int:
         """Return the microbatches of each replica in the iteration after `consumed_samples` sequences."""
         return self.global_batch_size(consumed_samples) // (self.micro_batch_size * self.data_parallel_size)

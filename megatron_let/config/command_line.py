@@ -57,7 +57,7 @@ def _require_text(argument: str, flag: str) -> None:
 
 def values_of_occurrences(occurrences: Iterable[Occurrence], settings: Sequence[Setting]) -> dict[str, Any]:
     """Return dest -> value for flags of the table; of a flag given twice the last counts."""
-    by_flag = {flag: setting for setting in settings for flag in setting.flags}
+    by_flag = {flag: setting for setting in settings for flag in setting.spellings}
     return {by_flag[flag].dest: value_from_words(by_flag[flag], flag, words) for flag, words in occurrences}
 
 
@@ -135,7 +135,9 @@ def format_help(settings: Sequence[Setting], *, prog: str, description: str, epi
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument(
-        "--config", metavar="FILE.yaml", help="the same names in a file; the command line wins"
+        "--config",
+        metavar="FILE.yaml",
+        help="the same names in a file; the command line wins, and --no-X undoes the file's switch X",
     )
     groups: dict[str, Any] = {}
     for setting in (setting for setting in settings if setting.flags):

@@ -29,7 +29,7 @@ WITHOUT_EFFECT: tuple[FlagFamily, ...] = (
     FlagFamily(
         "Only way here",
         "it asks for what is always done here",
-        """--use-mcore-models --log-throughput --use-dist-ckpt --dist-ckpt-format= --ckpt-fully-parallel-save
+        """--use-mcore-models --log-throughput --use-dist-ckpt --ckpt-fully-parallel-save
         --dist-ckpt-optim-fully-reshardable --auto-detect-ckpt-format --tokenizer-hf-use-fast --legacy-tokenizer
         --enable-experimental --disable-msc --local-rank= --lazy-mpu-init= --onnx-safe=
         --no-use-tokenizer-model-from-checkpoint-args --disable-use-tokenizer-model-from-checkpoint-args""",
@@ -296,6 +296,7 @@ REFUSED: tuple[FlagFamily, ...] = (
         """--non-persistent-save-interval= --non-persistent-ckpt-type= --non-persistent-global-ckpt-dir=
         --non-persistent-local-ckpt-dir= --non-persistent-local-ckpt-algo= --replication --replication-jump=
         --replication-factor= --ckpt-convert-format= --ckpt-convert-save= --ckpt-convert-update-legacy-dist-opt-format
+        --dist-ckpt-format=torch_dist
         --load-main-params-from-ckpt --dist-ckpt-save-pre-mcore-014 --dist-ckpt-strictness=assume_ok_unexpected
         --save-wgrads-interval= --save-dgrads-interval=""",
     ),

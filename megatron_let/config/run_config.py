@@ -17,7 +17,13 @@ from megatron_let.config.let import LetConfig
 from megatron_let.config.logging import LoggingConfig
 from megatron_let.config.model import ModelConfig, TokenizerConfig
 from megatron_let.config.parallel import ParallelConfig
-from megatron_let.config.setting import Setting, section_values, settings_of, value_type_of
+from megatron_let.config.setting import (
+    Setting,
+    section_values,
+    settings_of,
+    value_type_of,
+    with_opposites,
+)
 from megatron_let.config.training import ScheduleConfig, TrainingConfig, ValidationConfig
 from megatron_let.errors import ConfigError
 
@@ -134,7 +140,8 @@ def all_settings(core: CoreSections) -> tuple[Setting, ...]:
     for section, title in GROUP_TITLES:
         for setting in settings_of(classes[section], title):
             found.setdefault(setting.dest, setting)
-    return tuple(found.values())
+    taken = {flag for setting in found.values() for flag in setting.flags}
+    return tuple(with_opposites(setting, taken) for setting in found.values())
 
 
 def _sections() -> Iterator[str]:

@@ -1,8 +1,8 @@
 """One setting of a run: its name, type, default, spellings on the command line and help text.
 
 A dataclass field becomes a `Setting` here; `config/command_line.py` turns settings into argparse groups.
-Rules: `bool` that is false gets `--name`, one that is true gets `--no-name`, `bool | None` (decided while
-building) gets both; a `Literal` or an enum gives the choices; a tuple or list takes several words.
+Rules: `bool` that is false gets `--name`, one that is true gets `--no-name` (and the opposite, unseen, to undo a
+file's), `bool | None` (decided while building) gets both; a `Literal` or an enum gives the choices; a tuple or list takes several words.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 import types
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_let.config.docstrings import field_docstrings
@@ -51,11 +51,35 @@ class Setting:
     help: str
     group: str
     """Heading in --help and in docs/flags.md."""
+    opposites: tuple[str, ...] = ()
+    """Spellings that turn a switch back to its default; --help leaves them out."""
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Return every spelling; empty for a value that is only derived."""
+        """Return every spelling that --help shows; empty for a value that is only derived."""
         return self.on_flags + self.off_flags
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """Return every spelling that is understood."""
+        return self.flags + self.opposites
+
+
+def with_opposites(setting: Setting, taken: Container[str]) -> Setting:
+    """Return a setting whose switch can be turned back where a --config file has turned it: --no-bf16 for --bf16.
+
+    A switch that has both kinds of flags needs none; flags in `taken` are another setting's.
+    """
+    if not setting.value_type.is_switch or (setting.on_flags and setting.off_flags):
+        return setting
+    opposites = (_opposite(flag) for flag in setting.flags)
+    return replace(setting, opposites=tuple(flag for flag in opposites if flag not in taken))
+
+
+def _opposite(flag: str) -> str:
+    return (
+        f"--{flag.removeprefix('--no-')}" if flag.startswith("--no-") else f"--no-{flag.removeprefix('--')}"
+    )
 
 
 def option(

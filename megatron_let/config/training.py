@@ -31,7 +31,7 @@ class TrainingConfig:
     """Save and exit after an iteration that is a multiple of this number."""
 
     exit_duration_in_mins: int | None = None
-    """Save and exit after this many minutes."""
+    """Save and exit once the program has run for so many minutes."""
 
     exit_signal_handler: bool = False
     """Save and exit when SIGTERM or SIGUSR1 arrives."""

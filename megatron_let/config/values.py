@@ -20,7 +20,7 @@ def value_from_words(setting: Setting, flag: str, words: Sequence[str]) -> Any:
     if value_type.is_switch:
         if words:
             raise ConfigError(f"{flag} is a switch and takes no value, got {' '.join(words)}")
-        return flag in setting.on_flags
+        return setting.default if flag in setting.opposites else flag in setting.on_flags
     if value_type.count is None:
         if len(words) != 1:
             raise ConfigError(f"{flag} takes one value ({expected(value_type)}), got {_listed(words)}")
@@ -32,7 +32,8 @@ def value_from_words(setting: Setting, flag: str, words: Sequence[str]) -> Any:
 def value_from_yaml(setting: Setting, key: str, value: Any) -> Any:
     """Return the value of `key: value`, types taken strictly; raise ConfigError naming what it takes.
 
-    A flag that switches off (`no-x: true`) is understood, as is `1e-4`, which YAML 1.1 reads as text.
+    A flag that switches off (`no-x: true`) is understood, and leaves the default when it is false; as is `1e-4`, which
+    YAML 1.1 reads as text.
     """
     value_type = setting.value_type
     if value is None and setting.default is None:
@@ -40,7 +41,10 @@ def value_from_yaml(setting: Setting, key: str, value: Any) -> Any:
     if value_type.is_switch:
         if not isinstance(value, bool):
             raise ConfigError(f"{key} in the config file is true or false, got {value!r}")
-        return value != (f"--{key.replace('_', '-')}" in setting.off_flags)
+        flag = f"--{key.replace('_', '-')}"
+        if flag in setting.off_flags:
+            return False if value else setting.default
+        return value
     if value_type.count is None:
         return _from_yaml_value(value_type, key, value)
     values = value if isinstance(value, list) else [value]

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_let.errors import ConfigError
 from megatron_let.mcore.model import Student
-from megatron_let.mcore.optimizer import load_optimizer, prepare_to_load
+from megatron_let.mcore.optimizer import load_optimizer, prepare_to_load, schedule_state
 from megatron_let.mcore.parallel import ParallelContext
 
 # Keys of the small, unsharded part; Megatron-LM uses the first two likewise.
@@ -64,7 +64,7 @@ def save_content(
     state[ITERATION] = iteration
     state[RUN] = run
     if parts.scheduler is not None:
-        state[SCHEDULER] = parts.scheduler.state_dict()
+        state[SCHEDULER] = schedule_state(parts.scheduler)
     strategy = FullyParallelSaveStrategyWrapper(
         get_default_save_sharded_strategy("torch_dist"), context.groups.dp_cp, do_cache_distribution=False
     )

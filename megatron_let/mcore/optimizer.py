@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -16,7 +16,8 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from megatron_let.config.run_config import RunConfig
 from megatron_let.mcore.model import Student
@@ -29,7 +30,7 @@ def build_optimizer(config: RunConfig, student: Student) -> MegatronOptimizer:
     optimizer = get_megatron_optimizer(
         core,
         student.chunks,
-        config_overrides=get_standard_config_overrides(config=core),
+        config_overrides=_group_overrides(core),
         use_gloo_process_groups=False,
     )
     _use_fused_adam_on_cpu(optimizer)
@@ -37,6 +38,30 @@ def build_optimizer(config: RunConfig, student: Student) -> MegatronOptimizer:
     student.core_config.finalize_model_grads_func = finalize_model_grads
     _tie_overlapped_communication(config, student)
     return optimizer
+
+
+def _group_overrides(core: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
+    """Return what sets some parameters apart: no weight decay, `--decoupled-lr`.
+
+    A load tells the groups of a checkpoint apart by `is_decoupled_lr` among others, which megatron-core 0.16 always
+    leaves False: the embedding would get the rates of the other matrices, or they its.
+    """
+    overrides = get_standard_config_overrides(config=core)
+    return {
+        key: cast(ParamGroupOverride, {**override, "is_decoupled_lr": True})
+        if "max_lr" in override
+        else override
+        for key, override in overrides.items()
+    }
+
+
+def set_learning_rates(optimizer: MegatronOptimizer, config: RunConfig) -> None:
+    """Give every parameter group the largest and smallest rate of these settings; a load brings the checkpoint's."""
+    own = config.optimizer
+    decoupled_min = own.min_lr if own.decoupled_min_lr is None else own.decoupled_min_lr
+    for group in optimizer.param_groups:
+        rates = (own.decoupled_lr, decoupled_min) if group["is_decoupled_lr"] else (own.lr, own.min_lr)
+        group["max_lr"], group["min_lr"] = rates
 
 
 def _tie_overlapped_communication(config: RunConfig, student: Student) -> None:
@@ -88,6 +113,25 @@ def build_lr_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> Optim
         wsd_decay_steps=wsd,
         lr_wsd_decay_style=schedule.lr_wsd_decay_style,
     )
+
+
+# What decides the rates and is missing in megatron-core's own state of a scheduler.
+_UNSAVED = ("init_lr", "wsd_decay_steps", "lr_wsd_decay_style")
+
+
+def schedule_state(scheduler: OptimizerParamScheduler) -> dict[str, Any]:
+    """Return everything that a schedule is made of, by names, and its position `num_steps`."""
+    return {**scheduler.state_dict(), **{name: getattr(scheduler, name) for name in _UNSAVED}}
+
+
+def load_schedule(scheduler: OptimizerParamScheduler, saved: dict[str, Any]) -> None:
+    """Bring a scheduler to the position of a saved one; what else it takes over depends on how it was built."""
+    if scheduler.use_checkpoint_opt_param_scheduler:
+        for name in _UNSAVED:
+            setattr(scheduler, name, saved.get(name, getattr(scheduler, name)))
+    scheduler.load_state_dict(saved)
+    # megatron-core sets the weight decay before it takes over the values that this follows from
+    scheduler.step(increment=0)
 
 
 def prepare_to_load(optimizer: MegatronOptimizer) -> None:

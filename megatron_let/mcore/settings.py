@@ -60,7 +60,7 @@ _MODEL = (
     ),
     Exposed(
         "embedding_init_method_std",
-        help="The same for embeddings; given, it also takes them out of weight decay (arXiv 2312.16903).",
+        help="The same for embeddings. Their weight decay stays, as in Megatron-LM 0.16 (which only says otherwise).",
     ),
     Exposed("perform_initialization", help="Leave weights as allocated, for a run that loads them."),
     Exposed(
@@ -254,7 +254,7 @@ DdpSettings = settings_class(
             default=True,
             help="Go on after a NaN or infinity in the loss or a gradient, as dynamic loss scaling does.",
         ),
-        Exposed("check_for_large_grads", help="Stop at an unexpectedly large gradient."),
+        Exposed("check_for_large_grads", help="Warn of an unexpectedly large gradient; the run goes on."),
         Exposed(
             "bucket_size",
             dest="ddp_bucket_size",

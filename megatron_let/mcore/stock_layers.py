@@ -6,6 +6,8 @@ norm refuses sequence parallel, and its core attention materialises the s x s sc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -41,13 +43,16 @@ class StockNorm(torch.nn.Module):
             self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Normalise the last dimension of `hidden` [..., h]."""
-        weight = self.weight + 1 if self.is_zero_centered else self.weight
+        """Normalise the last dimension of `hidden` [..., h], in the type of the weights: it may be an fp32 residual."""
+        weight = (self.weight + 1 if self.is_zero_centered else self.weight).to(hidden.dtype)
         if self.is_rms and hidden.device.type == "cpu":
-            return rms_norm(hidden, weight, self.eps)
-        if self.is_rms:
-            return F.rms_norm(hidden, weight.shape, weight, self.eps)
-        return F.layer_norm(hidden, weight.shape, weight, self.bias, self.eps)
+            normed = rms_norm(hidden, weight, self.eps)
+        elif self.is_rms:
+            normed = F.rms_norm(hidden, weight.shape, weight, self.eps)
+        else:
+            bias = None if self.bias is None else self.bias.to(hidden.dtype)
+            normed = F.layer_norm(hidden, weight.shape, weight, bias, self.eps)
+        return normed.to(self.weight.dtype)
 
 
 class SdpaCoreAttention(torch.nn.Module):
@@ -117,8 +122,28 @@ class SdpaCoreAttention(torch.nn.Module):
         )
 
 
+def add_to_residual(
+    is_training: bool, _is_fused: bool
+) -> Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]:
+    """Return the sum of a layer's output, its bias and the residual [s, b, h], in the residual's type.
+
+    megatron-core's own brings the residual to the type of the output first, which ends an fp32 residual stream at its
+    first addition.
+    """
+
+    def add(
+        output_and_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
+    ) -> torch.Tensor:
+        output, bias = output_and_bias
+        if bias is not None:
+            output = output + bias
+        return residual + F.dropout(output, p=dropout, training=is_training)
+
+    return add
+
+
 def stock_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """Return megatron-core's local layer spec with the stock norms and SDPA attention put in.
+    """Return megatron-core's local layer spec with the stock norms, SDPA attention and residual put in.
 
     The checkpoint keys stay those of Transformer Engine's fused layers, so checkpoints are exchangeable.
     """
@@ -126,6 +151,8 @@ def stock_layer_spec(config: TransformerConfig) -> ModuleSpec:
     layer = spec.submodules
     layer.input_layernorm = StockNorm
     layer.pre_mlp_layernorm = StockNorm
+    if config.fp32_residual_connection:
+        layer.self_attn_bda = layer.mlp_bda = add_to_residual
     attention = layer.self_attention.submodules
     attention.core_attention = SdpaCoreAttention
     qk_norm = StockNorm if config.qk_layernorm else IdentityOp

@@ -8,21 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_let.config.run_config import RunConfig
 from megatron_let.errors import ConfigError
 from megatron_let.optional import has_fused_weight_gradient, has_transformer_engine
-
-# Kernel fusions a user may leave open (None): on where the kernels exist.
-_FUSIONS = (
-    "gradient_accumulation_fusion",
-    "masked_softmax_fusion",
-    "bias_dropout_fusion",
-    "apply_rope_fusion",
-    "persist_layer_norm",
-    "bias_activation_fusion",
-)
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
@@ -55,10 +46,14 @@ def build_transformer_config(config: RunConfig, *, is_on_gpu: bool) -> Transform
     values: dict[str, Any] = dataclasses.asdict(config.transformer)
     values.update(_activation(config, is_on_gpu=is_on_gpu))
     dtype = compute_dtype(config)
+    has_te_layers = uses_transformer_engine(config, is_on_gpu=is_on_gpu)
     has_virtual_stages = config.transformer.virtual_pipeline_model_parallel_size is not None
     values.update(
         params_dtype=dtype,
-        pipeline_dtype=dtype,
+        # The stock layers do without: megatron-core turns it into environment variables that bind a teacher too.
+        attention_backend=config.transformer.attention_backend if has_te_layers else AttnBackend.auto,
+        # Stages send each other the residual stream.
+        pipeline_dtype=torch.float32 if config.transformer.fp32_residual_connection else dtype,
         # On CPU an overlapped send still reads the output when the schedule would free it.
         deallocate_pipeline_outputs=is_on_gpu or not has_virtual_stages,
         # Batched p2p mixes up the messages of virtual stages between the same two ranks.
@@ -83,33 +78,34 @@ def _activation(config: RunConfig, *, is_on_gpu: bool) -> dict[str, Any]:
         # megatron-core's is compiled at its first call: on CPU that takes a C++ compiler and most of a minute
         function = squared_relu if is_on_gpu else _squared_relu
         return {"activation_func": function, "gated_linear_unit": False, "bias_activation_fusion": False}
-    fusion = config.model.bias_gelu_fusion
-    return {"activation_func": F.gelu, "gated_linear_unit": False, "bias_activation_fusion": fusion}
+    # Fused bias + GELU is the tanh approximation; plain GELU is the exact one. On CPU a teacher trained so still needs it.
+    fusion = bool(config.model.bias_gelu_fusion)
+    function = _tanh_gelu if fusion and not is_on_gpu else F.gelu
+    return {"activation_func": function, "gated_linear_unit": False, "bias_activation_fusion": fusion}
+
+
+def _tanh_gelu(values: torch.Tensor) -> torch.Tensor:
+    return F.gelu(values, approximate="tanh")
 
 
 def _squared_relu(values: torch.Tensor) -> torch.Tensor:
     return F.relu(values).square()
 
 
-def _resolve_fusions(config: RunConfig, values: dict[str, Any], *, is_on_gpu: bool) -> dict[str, bool]:
-    """Return each fusion as asked for or, left open, on where its kernel exists.
-
-    Raises:
-        ConfigError: a fused kernel was asked for by name and is absent.
-    """
+def available_fusions(config: RunConfig, *, is_on_gpu: bool) -> dict[str, bool]:
+    """Return whether the kernel of each fusion exists here, for the layers that the student gets."""
     has_te_layers = uses_transformer_engine(config, is_on_gpu=is_on_gpu)
-    available = {
+    return {
         "gradient_accumulation_fusion": not is_on_gpu or has_fused_weight_gradient(),
-        "masked_softmax_fusion": is_on_gpu and has_te_layers,
+        "masked_softmax_fusion": has_te_layers,
         "bias_dropout_fusion": is_on_gpu,
         "apply_rope_fusion": is_on_gpu and has_transformer_engine(),
-        "persist_layer_norm": is_on_gpu and has_te_layers,
-        # Fused bias + GELU is the tanh approximation; plain GELU is the exact one.
-        "bias_activation_fusion": is_on_gpu and config.model.swiglu,
+        "persist_layer_norm": has_te_layers,
+        "bias_activation_fusion": is_on_gpu,
     }
-    for name in _FUSIONS:
-        if values[name] and not available[name] and name != "bias_activation_fusion":
-            raise ConfigError(
-                f"{name.replace('_', ' ')} was asked for by name, but its kernel is not installed here"
-            )
-    return {name: available[name] if values[name] is None else values[name] for name in _FUSIONS}
+
+
+def _resolve_fusions(config: RunConfig, values: dict[str, Any], *, is_on_gpu: bool) -> dict[str, bool]:
+    """Return each fusion as on unless it was turned off or its kernel does not exist here."""
+    available = available_fusions(config, is_on_gpu=is_on_gpu)
+    return {name: is_there and values[name] is not False for name, is_there in available.items()}

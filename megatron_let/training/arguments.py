@@ -30,6 +30,18 @@ from megatron_let.log import LOGGER
 from megatron_let.mcore.settings import CORE_SECTIONS
 
 PROGRAM = "pretrain_let.py"
+ALTERNATIVES = tuple(
+    frozenset(names.split())
+    for names in (
+        "train_iters train_samples",
+        "lr_decay_iters lr_decay_samples",
+        "lr_wsd_decay_iters lr_wsd_decay_samples",
+        "lr_warmup_iters lr_warmup_samples lr_warmup_fraction",
+        "num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank",
+        "let_stop_iters let_stop_fraction",
+    )
+)
+"""Ways to say the same thing: one on the command line replaces another in the file."""
 _OWN_FLAGS = ("-h", "--help", "--version", "--config")
 
 
@@ -51,8 +63,11 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
     _judge_foreign(foreign)
     values = {setting.dest: setting.default for setting in settings}
     own_lines = {key: value for key, value in from_file.items() if not is_foreign(_flag(key))}
-    values.update(values_of_mapping(own_lines, settings))
-    values.update(_values_of_flags([item for item in occurrences if not is_foreign(item.flag)], settings))
+    typed = _values_of_flags([item for item in occurrences if not is_foreign(item.flag)], settings)
+    replaced = {name for group in ALTERNATIVES if typed.keys() & group for name in group}
+    in_file = values_of_mapping(own_lines, settings)
+    values.update({name: value for name, value in in_file.items() if name not in replaced})
+    values.update(typed)
     return derive(RunConfig.from_values(values, CORE_SECTIONS), warn=LOGGER.warning)
 
 
@@ -103,7 +118,7 @@ def _file_content(occurrences: Iterable[Occurrence]) -> dict[str, Any]:
 
 def _values_of_flags(occurrences: Iterable[Occurrence], settings: Sequence[Setting]) -> dict[str, Any]:
     """Return dest -> value for the flags typed."""
-    known = {flag for setting in settings for flag in setting.flags}
+    known = {flag for setting in settings for flag in setting.spellings}
     ours = [occurrence for occurrence in occurrences if occurrence.flag not in _OWN_FLAGS]
     for flag in (occurrence.flag for occurrence in ours):
         if flag not in known:

@@ -17,6 +17,7 @@ from megatron_let.mcore.checkpoint import (
     load_content,
     save_content,
 )
+from megatron_let.mcore.optimizer import load_schedule, schedule_state, set_learning_rates
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.training import checkpoint_files as files
 from megatron_let.training.let_record import LetRecord
@@ -118,6 +119,8 @@ def load_checkpoint(
         raise ConfigError(
             f"checkpoint {directory} holds no optimizer state; give --no-load-optim or --finetune"
         )
+    if with_optimizer:
+        _check_same_groups(config, run["config"], directory)
     wanted = replace(parts, optimizer=parts.optimizer if with_optimizer else None, with_rng=with_rng)
     load_content(directory, wanted, context)
     if not with_optimizer and parts.optimizer is not None:
@@ -139,7 +142,8 @@ def restore_schedule(
 ) -> None:
     """Bring the learning-rate scheduler to the checkpoint's position.
 
-    A decay length that only follows from `--train-iters` keeps the checkpoint's value, so that a run can be made
+    The load has brought the optimizer's parameter groups back, and with them the checkpoint's learning rates. A decay
+    length that only follows from `--train-iters` keeps the checkpoint's value, so that a run can be made
     longer; `--override-opt_param-scheduler` takes all values from the command line instead.
 
     Raises:
@@ -153,14 +157,30 @@ def restore_schedule(
             if schedule.lr_warmup_fraction is not None:
                 scheduler.lr_warmup_steps = saved["lr_warmup_steps"]
         scheduler.wd_incr_steps = saved["wd_incr_steps"]
-        current = scheduler.state_dict()
-        for name, value in saved.items():
+        current = {**schedule_state(scheduler), **_decoupled_rates(config.to_dict())}
+        for name, value in {**saved, **_decoupled_rates(saved_config)}.items():
             if name != "num_steps" and current[name] != value:
                 raise ConfigError(
                     f"{name.replace('_', ' ')} is {current[name]} but the checkpoint was trained with {value}; give "
                     "--override-opt_param-scheduler for the new value or --use-checkpoint-opt_param-scheduler for the old"
                 )
-    scheduler.load_state_dict(saved)
+    if not schedule.use_checkpoint_opt_param_scheduler:
+        set_learning_rates(scheduler.optimizer, config)
+    load_schedule(scheduler, saved)
+
+
+def _check_same_groups(config: RunConfig, saved_config: dict[str, Any], directory: Path) -> None:
+    """Raise ConfigError when only one of checkpoint and run has parameter groups with a rate of their own."""
+    now, then = (_decoupled_rates(values)["decoupled_lr"] for values in (config.to_dict(), saved_config))
+    if (now is None) != (then is None):
+        raise ConfigError(
+            f"--decoupled-lr is {now} but {directory} was trained with {then}: its optimizer state is grouped otherwise; "
+            "give the same or --no-load-optim"
+        )
+
+
+def _decoupled_rates(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: config["optimizer"][name] for name in ("decoupled_lr", "decoupled_min_lr")}
 
 
 def _decay_follows_length(config: dict[str, Any]) -> bool:

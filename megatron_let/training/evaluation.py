@@ -28,7 +28,8 @@ def evaluate(
     No teacher runs. Every rank calls this and gets the value.
     """
     student.set_training(False)
-    if config.training.manual_gc and config.training.manual_gc_eval:
+    is_collecting = config.training.manual_gc and config.training.manual_gc_eval
+    if is_collecting:
         gc.collect()
     num_microbatches = config.training.global_batch_size // (
         config.training.micro_batch_size * context.dp_size
@@ -43,6 +44,8 @@ def evaluate(
             for report in reports:
                 total += report[LM_LOSS]
     student.set_training(True)
+    if is_collecting:
+        gc.collect(generation=0)  # what validation itself made
     return reduce_loss(total, context)
 
 

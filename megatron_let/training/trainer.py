@@ -65,8 +65,13 @@ class Trainer:
         self._before_release: float | None = None
         self._last_saved: int | None = state.iteration or None
 
-    def fit(self) -> int:
-        """Train to the end (or until told to stop) and return the exit code; every rank calls this."""
+    def fit(self, *, started: float | None = None) -> int:
+        """Train to the end (or until told to stop) and return the exit code; every rank calls this.
+
+        `started` is the program's start on `time.monotonic`'s clock, from which `--exit-duration-in-mins` counts.
+        """
+        if started is not None:
+            self._started = started
         try:
             return self._train()
         finally:

@@ -64,6 +64,7 @@ def test_a_flag_without_effect_is_warned_about_once(logged: pytest.LogCaptureFix
         ("--use-mcore-models 4", "--use-mcore-models is a switch and takes no value, got 4"),
         ("--kd-weight 0.5", "comes in a later version"),
         ("--rope-type", "is not supported"),
+        ("--dist-ckpt-format zarr", "checkpoints are torch_dist directories"),
     ],
 )
 def test_a_flag_that_would_change_the_result_is_refused_with_what_to_do(words: str, expected: str) -> None:
@@ -79,6 +80,7 @@ def test_a_flag_that_would_change_the_result_is_refused_with_what_to_do(words: s
         "--softmax-type=vanilla",
         "--dataloader-type single",
         "--rope-type rope",
+        "--dist-ckpt-format torch_dist",
     ],
 )
 def test_a_refused_flag_passes_with_the_value_that_is_used_anyway(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,6 +150,50 @@ def test_a_switch_of_the_config_file_can_be_turned_back_by_the_command_line(tmp_
     assert config.transformer.masked_softmax_fusion is False
 
 
+def test_every_switch_of_the_config_file_can_be_turned_back(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "bf16: true\nswiglu: true\ndisable-bias-linear: true\nmmap_bin_files: false\nno-save-optim: true\n",
+    )
+    config = parse_arguments(["--config", path])
+    assert config.transformer.bf16
+    assert not config.transformer.add_bias_linear
+    undone = "--no-bf16 --no-swiglu --no-disable-bias-linear --mmap-bin-files --save-optim"
+    assert parse_arguments(["--config", path, *undone.split()]) == parse_arguments([])
+    assert parse_arguments(["--no-bf16", "--bf16"]).transformer.bf16, "the last counts"
+
+
+def test_a_fusion_that_the_file_does_not_turn_off_is_left_open(tmp_path: Path) -> None:
+    path = write(tmp_path, "no-masked-softmax-fusion: false\nno-mmap-bin-files: false\n")
+    assert parse_arguments(["--config", path]) == parse_arguments([])
+    path = write(tmp_path, "no-masked-softmax-fusion: true\n")
+    assert parse_arguments(["--config", path]).transformer.masked_softmax_fusion is False
+
+
+ALTERNATIVES = [
+    ("train-iters: 100\n", "--train-samples 800", "training", {"train_iters": None, "train_samples": 800}),
+    ("train-samples: 800\n", "--train-iters 9", "training", {"train_iters": 9, "train_samples": None}),
+    ("let-stop-iters: 10\n", "--let-stop-fraction 0.5", "let", {"let_stop_iters": None, "let_stop_fraction": 0.5}),
+    ("let-stop-fraction: 0.1\n", "--let-stop-iters 5", "let", {"let_stop_iters": 5, "let_stop_fraction": None}),
+    (
+        "lr-warmup-iters: 5\nlr-warmup-samples: 6\n",
+        "--lr-warmup-fraction 0.1",
+        "schedule",
+        {"lr_warmup_iters": 0, "lr_warmup_samples": 0, "lr_warmup_fraction": 0.1},
+    ),
+    ("lr-warmup-fraction: 0.1\n", "--lr-warmup-iters 5", "schedule", {"lr_warmup_iters": 5, "lr_warmup_fraction": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "words", "section", "expected"), ALTERNATIVES)
+def test_one_way_to_say_it_on_the_command_line_replaces_another_in_the_file(
+    tmp_path: Path, text: str, words: str, section: str, expected: dict[str, Any]
+) -> None:
+    config = parse_arguments(["--config", write(tmp_path, text), *words.split()])
+    found = getattr(config, section)
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -204,6 +249,7 @@ def test_help_is_grouped_shows_defaults_and_exits_0(flag: str, capsys: pytest.Ca
     assert "--let-weight X" in text
     assert "(default: 0.1)" in text
     assert max(len(line) for line in text.splitlines()) <= 112
+    assert "--no-bf16" not in text
 
 
 def test_version_prints_it_and_exits_0(capsys: pytest.CaptureFixture[str]) -> None:

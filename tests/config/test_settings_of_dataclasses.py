@@ -12,6 +12,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_let.config.core_settings import Exposed, settings_class
 from megatron_let.config.docstrings import field_docstrings
+from megatron_let.config.megatron_flags import is_foreign
 from megatron_let.config.run_config import all_settings
 from megatron_let.config.setting import Setting, settings_of, value_type_of
 from megatron_let.mcore.settings import CORE_SECTIONS, TransformerSettings
@@ -130,6 +131,10 @@ def test_every_setting_has_help_and_every_flag_and_name_belongs_to_one_setting()
     assert not [setting.dest for setting in settings if setting.flags and not setting.help]
     flags = [flag for setting in settings for flag in setting.flags]
     assert len(flags) == len(set(flags))
+    opposites = [flag for setting in settings for flag in setting.opposites]
+    assert len(opposites) > 30
+    assert len(flags + opposites) == len(set(flags + opposites))
+    assert not [flag for flag in opposites if is_foreign(flag)], "Megatron-LM's flag of that name comes first"
     # A key of a config file is a dest or a flag's spelling: one text must not mean two settings.
     keys: dict[str, set[str]] = {}
     for setting in settings:

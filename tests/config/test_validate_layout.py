@@ -131,7 +131,7 @@ def message_of(config: RunConfig, world_size: int) -> str:
         (
             f"{PP2} --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 3",
             2,
-            "3 microbatches do not fill groups of 2",
+            "a global batch of 3 is 3 microbatches, which do not fill groups of 2",
         ),
         (
             f"{PP2} --num-virtual-stages-per-pipeline-rank 2 "
@@ -139,6 +139,7 @@ def message_of(config: RunConfig, world_size: int) -> str:
             2,
             "--microbatch-group-size-per-virtual-pipeline-stage is 2 (the pipeline stages) or more, got 1",
         ),
+        ("--ddp-bucket-size 9", 1, "--ddp-bucket-size cannot take effect without --overlap-grad-reduce"),
         (
             "--overlap-param-gather",
             1,
@@ -184,7 +185,12 @@ def test_ranks_and_layers_that_do_not_divide(
         (
             "--train-samples 1000 --rampup-batch-size 8 8 100 --pipeline-model-parallel-size 2 "
             "--num-virtual-stages-per-pipeline-rank 2 --micro-batch-size 8",
-            "1 microbatches do not fill groups of 2",
+            "a global batch of 8 is 1 microbatches, which do not fill groups of 2",
+        ),
+        (
+            "--train-samples 1000 --rampup-batch-size 16 8 100 --pipeline-model-parallel-size 2 "
+            "--num-virtual-stages-per-pipeline-rank 2 --micro-batch-size 8",
+            "a global batch of 24 is 3 microbatches, which do not fill groups of 2",
         ),
     ],
 )

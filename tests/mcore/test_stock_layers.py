@@ -17,7 +17,12 @@ from torch.testing import assert_close
 from megatron_let.mcore import model
 from megatron_let.mcore.batch import _document_mask
 from megatron_let.mcore.parallel import ParallelContext
-from megatron_let.mcore.stock_layers import SdpaCoreAttention, StockNorm, stock_layer_spec
+from megatron_let.mcore.stock_layers import (
+    SdpaCoreAttention,
+    StockNorm,
+    add_to_residual,
+    stock_layer_spec,
+)
 
 ROUNDING: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-6}
 WIDTH, HEADS, HEAD_SIZE = 24, 4, 6
@@ -206,3 +211,24 @@ def test_layers_of_transformer_engine_mask_documents_by_the_stock_attention(
     )
     attention = spec.submodules.self_attention.submodules.core_attention
     assert attention is (SdpaCoreAttention if has_document_masks else Theirs)
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+def test_a_norm_of_an_fp32_residual_gives_what_the_next_matrix_takes(kind: str) -> None:
+    norm = StockNorm(core_config(normalization=kind, params_dtype=torch.bfloat16), WIDTH)
+    hidden = torch.randn(5, 2, WIDTH, generator=torch.Generator().manual_seed(0))
+    assert norm(hidden).dtype is torch.bfloat16
+    expected = StockNorm(core_config(normalization=kind), WIDTH)(hidden)
+    assert torch.equal(norm(hidden), expected.bfloat16()), "computed in fp32, rounded once"
+
+
+def test_an_fp32_residual_stays_fp32_and_is_not_rounded() -> None:
+    add = add_to_residual(True, False)
+    residual, output = torch.full((2,), 1.0 + 2**-20), torch.full((2,), 0.5, dtype=torch.bfloat16)
+    bias = torch.full((2,), 0.25, dtype=torch.bfloat16)
+    assert torch.equal(add((output, bias), residual, 0.0), torch.full((2,), 1.75 + 2**-20))
+    assert torch.equal(add((output, None), residual, 1.0), residual)
+    assert torch.equal(add_to_residual(False, False)((output, None), residual, 1.0), residual + 0.5)
+    config = core_config(fp32_residual_connection=True, bf16=True, params_dtype=torch.bfloat16)
+    layer = stock_layer_spec(config).submodules
+    assert layer.self_attn_bda is layer.mlp_bda is add_to_residual

@@ -41,5 +41,5 @@ def test_weight_gradients_are_fused_where_the_kernel_is(
     monkeypatch.setattr(module, "has_fused_weight_gradient", lambda: is_there)
     monkeypatch.setattr(module, "has_transformer_engine", lambda: is_on_gpu)
     config = resolve(parse_arguments(arguments(TINY_STUDENT, {"--mock-data": None})), 1)
-    fusions = module._resolve_fusions(config, dict.fromkeys(module._FUSIONS), is_on_gpu=is_on_gpu)
+    fusions = module.available_fusions(config, is_on_gpu=is_on_gpu)
     assert fusions["gradient_accumulation_fusion"] is expected

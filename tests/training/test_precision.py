@@ -112,3 +112,24 @@ def test_an_overflow_is_skipped_and_counted_and_let_goes_on(layout: str, precisi
     taken = [row["learning_rate"] for row in rows if row["skipped_iterations"] == skipped[-1]]
     assert taken == sorted(taken, reverse=True)
     assert len(set(taken)) == len(taken) > 1
+
+
+@pytest.mark.parametrize("layout", ["one-process", "pp2", "tp2-sp"])
+@pytest.mark.parametrize("norm", ["RMSNorm", "LayerNorm"])
+def test_an_fp32_residual_stream_runs_and_follows_fp32(
+    norm: str, layout: str, pool: RankPool, token_files: Path, tmp_path: Path
+) -> None:
+    _, on_layout = LAYOUTS.get(layout, (1, {}))
+    words = {
+        "--data-path": token_files,
+        "--normalization": norm,
+        "--use-cpu-initialization": None,
+        **on_layout,
+    }
+    mixed = {"--bf16": None, "--fp32-residual-connection": None}
+    for name, extra in (("fp32", {}), ("mixed", mixed)):
+        changes = {**words, **extra, "--save": tmp_path / name}
+        pool.run(1 if layout == "one-process" else 2, train, arguments(TINY_STUDENT, changes))
+    expected, actual = (training_rows(tmp_path / name) for name in ("fp32", "mixed"))
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=TOLERANCES["--bf16"])

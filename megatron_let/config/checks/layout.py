@@ -162,21 +162,22 @@ def check_interleaved_microbatches(config: RunConfig, world_size: int) -> None:
     plan = batch_plan(config, world_size)
     name = "--microbatch-group-size-per-virtual-pipeline-stage"
     require(group >= stages, f"{name} is {stages} (the pipeline stages) or more, got {group}")
-    for microbatches in {
-        plan.num_microbatches(0),
-        plan.full // (plan.micro_batch_size * plan.data_parallel_size),
-    }:
+    for size in plan.sizes():
+        microbatches = size // (plan.micro_batch_size * plan.data_parallel_size)
         left_over = microbatches % group
         require(
             microbatches >= group and (left_over == 0 or left_over >= stages),
-            f"{microbatches} microbatches do not fill groups of {group}, which the interleaved schedule takes; choose "
-            f"--global-batch-size so that micro batch x data-parallel size goes in a multiple of {group} times",
+            f"a global batch of {size} is {microbatches} microbatches, which do not fill groups of {group}, as the "
+            f"interleaved schedule takes them; choose --global-batch-size (and START and INCREMENT of a ramp-up) so that "
+            f"micro batch x data-parallel size goes in a multiple of {group} times",
         )
 
 
 def check_data_parallel(config: RunConfig) -> None:
     """Flags of gradient reduction and of the distributed optimizer."""
     ddp, distributed = config.ddp, config.optimizer.use_distributed_optimizer
+    if not ddp.overlap_grad_reduce:
+        require_takes_effect(ddp, "bucket_size", needs="--overlap-grad-reduce")
     if not distributed:
         only = (
             "overlap_param_gather",

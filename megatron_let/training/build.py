@@ -30,6 +30,7 @@ from megatron_let.training.data_checks import check_data
 from megatron_let.training.forward_step import ForwardStep
 from megatron_let.training.let_record import LetRecord, reconcile, teacher_identity
 from megatron_let.training.report import build_reporter
+from megatron_let.training.resolved import resolved_choices
 from megatron_let.training.save_directory import check_save_directory
 from megatron_let.training.signals import StopRequest
 from megatron_let.training.split_checks import usable_counts
@@ -72,6 +73,7 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
     alignment = None
     if needs_teacher and let_record is not None:
         alignment = _build_alignment(config, context, student, tokenizer, let_record)
+    LOGGER.info(" | ".join(resolved_choices(config, context, student, let_record)))
     run = Run(
         config=config,
         context=context,

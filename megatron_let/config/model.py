@@ -52,7 +52,7 @@ class ModelConfig:
     """Squared ReLU instead of GELU in the MLP."""
 
     bias_gelu_fusion: bool | None = None
-    """Fuse bias and GELU. Default: where a fused kernel is available."""
+    """Fuse bias and GELU, which is then the tanh approximation. Default: off, the exact GELU."""
 
     bias_swiglu_fusion: bool | None = None
     """Fuse bias and SwiGLU. Default: where a fused kernel is available."""

@@ -134,6 +134,12 @@ def load_schedule(scheduler: OptimizerParamScheduler, saved: dict[str, Any]) -> 
     scheduler.step(increment=0)
 
 
+def learning_rate(optimizer: Any) -> float:
+    """Return the learning rate of the first parameter group that follows the run's own schedule."""
+    groups = optimizer.param_groups
+    return float(next((group["lr"] for group in groups if group.get("default_config")), groups[0]["lr"]))
+
+
 def prepare_to_load(optimizer: MegatronOptimizer) -> None:
     """Give torch's Adam its state before a distributed optimizer is loaded.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_let.config.run_config import RunConfig
 from megatron_let.let import (
     AlignmentObjective,
     AlignmentSums,
@@ -19,6 +20,8 @@ from megatron_let.mcore.batch import Microbatch, context_parallel_slice, sequenc
 from megatron_let.mcore.layer_tap import LayerTap, find_layer
 from megatron_let.mcore.model import Student
 from megatron_let.mcore.parallel import ParallelContext
+from megatron_let.training.let_record import LetRecord
+from megatron_let.training.teachers import load_teacher
 
 
 @dataclass(frozen=True)
@@ -148,3 +151,30 @@ class Alignment:
 
     def _no_tokens(self) -> AlignmentSums:
         return AlignmentSums.zeros(self._width, device=self._context.device)
+
+
+def build_alignment(
+    config: RunConfig, context: ParallelContext, student: Student, record: LetRecord
+) -> Alignment:
+    """Load the teacher on the stage that owns layer k, and put the tap there; every rank calls this.
+
+    Raises:
+        ConfigError: the teacher cannot be used.
+    """
+
+    def load() -> Teacher | None:
+        if find_layer(student.gpt_chunks, record.student_layer) is None:
+            return None
+        # Building a model draws random numbers; the student's dropout must not depend on there being a teacher.
+        with torch.random.fork_rng(devices=[context.device] if context.is_on_gpu else []):
+            return load_teacher(config, context)
+
+    teacher = context.together(load)
+    return Alignment(
+        AlignmentObjective(record.schedule(), record.student_layer),
+        student,
+        context,
+        teacher,
+        is_sequence_parallel=student.core_config.sequence_parallel,
+        calculate_per_token_loss=config.transformer.calculate_per_token_loss,
+    )

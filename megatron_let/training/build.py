@@ -6,36 +6,28 @@ come before the expensive parts are built.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-import torch
-
 from megatron_let.config.batches import batch_plan, padded_vocab_size, train_iterations
 from megatron_let.config.run_config import RunConfig
 from megatron_let.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_let.errors import ConfigError
-from megatron_let.let import AlignmentObjective, Teacher, default_student_layer, resolve_stop
-from megatron_let.let.schedule import DEFAULT_STOP_FRACTION
 from megatron_let.log import LOGGER
 from megatron_let.mcore.checkpoint import Parts
 from megatron_let.mcore.datasets import SampleCounts, build_datasets
-from megatron_let.mcore.layer_tap import find_layer
-from megatron_let.mcore.model import Student, build_student
+from megatron_let.mcore.model import build_student
 from megatron_let.mcore.optimizer import build_lr_scheduler, build_optimizer
 from megatron_let.mcore.parallel import ParallelContext
-from megatron_let.training.alignment import Alignment
+from megatron_let.training.alignment import build_alignment
 from megatron_let.training.checkpoint_choice import check_same_model, choose_checkpoint, read_run
 from megatron_let.training.checkpoints import TokenizerRecord, load_checkpoint
 from megatron_let.training.data_checks import check_data
 from megatron_let.training.forward_step import ForwardStep
-from megatron_let.training.let_record import LetRecord, reconcile, teacher_identity
+from megatron_let.training.let_record import record_of_run
 from megatron_let.training.report import build_reporter
+from megatron_let.training.resolved import resolved_choices
 from megatron_let.training.save_directory import check_save_directory
 from megatron_let.training.signals import StopRequest
 from megatron_let.training.split_checks import usable_counts
 from megatron_let.training.state import TrainingState
-from megatron_let.training.teachers import load_teacher, teacher_dtype, teacher_files
 from megatron_let.training.trainer import Run, Trainer
 
 
@@ -54,7 +46,7 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
     saved = None if directory is None else read_run(directory, context)
     if directory is not None and saved is not None:
         check_same_model(config, remembered, saved, directory)
-    let_record = context.together(lambda: _let_record(config, saved, total_iterations))
+    let_record = context.together(lambda: record_of_run(config, saved, total_iterations))
     completed = 0 if saved is None or config.checkpoint.finetune else int(saved["state"]["iteration"])
     schedule = None if let_record is None else let_record.schedule()
     needs_teacher = schedule is not None and schedule.is_active_at(completed)
@@ -73,7 +65,8 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
         state = load_checkpoint(directory, saved, config, context, parts)
     alignment = None
     if needs_teacher and let_record is not None:
-        alignment = _build_alignment(config, context, student, let_record)
+        alignment = build_alignment(config, context, student, let_record)
+    LOGGER.info(" | ".join(resolved_choices(config, context, student, let_record)))
     run = Run(
         config=config,
         context=context,
@@ -117,52 +110,3 @@ def _sample_counts(config: RunConfig, total_iterations: int) -> SampleCounts:
     evaluated = config.validation.eval_iters * config.training.global_batch_size
     train = config.training.train_samples or total_iterations * config.training.global_batch_size
     return SampleCounts(train=train, valid=evaluated, test=evaluated)
-
-
-def _let_record(config: RunConfig, saved: dict[str, Any] | None, total_iterations: int) -> LetRecord | None:
-    """Resolve LET's settings, and on resume hold them against the checkpoint's."""
-    let, current = config.let, None
-    completed = 0 if saved is None or config.checkpoint.finetune else saved["state"]["iteration"]
-    if let.is_on:
-        fraction = let.let_stop_fraction
-        if fraction is None and let.let_stop_iters is None:
-            fraction = DEFAULT_STOP_FRACTION
-        stop = resolve_stop(total_iterations, stop_iters=let.let_stop_iters, stop_fraction=fraction)
-        files = teacher_files(Path(str(let.let_teacher_load)))
-        current = LetRecord(
-            student_layer=let.let_student_layer or default_student_layer(config.transformer.num_layers),
-            teacher_layer=let.let_teacher_layer,
-            weight=let.let_weight,
-            stop_iteration=stop,
-            stop_fraction=fraction,
-            loss=let.let_loss,
-            projection=let.let_projection,
-            teacher_dtype=str(teacher_dtype(config)).removeprefix("torch."),
-            teacher_identity=None if files is None else teacher_identity(files),
-        )
-    if saved is None or config.checkpoint.finetune:
-        return current
-    return reconcile(saved["let"], current, completed_iterations=completed, let=let)
-
-
-def _build_alignment(
-    config: RunConfig, context: ParallelContext, student: Student, record: LetRecord
-) -> Alignment:
-    """Build the teacher on the stage that owns layer k, and the tap there."""
-
-    def load() -> Teacher | None:
-        if find_layer(student.gpt_chunks, record.student_layer) is None:
-            return None
-        # Building a model draws random numbers; the student's dropout must not depend on there being a teacher.
-        with torch.random.fork_rng(devices=[context.device] if context.is_on_gpu else []):
-            return load_teacher(config, context)
-
-    teacher = context.together(load)
-    return Alignment(
-        AlignmentObjective(record.schedule(), record.student_layer),
-        student,
-        context,
-        teacher,
-        is_sequence_parallel=student.core_config.sequence_parallel,
-        calculate_per_token_loss=config.transformer.calculate_per_token_loss,
-    )

@@ -21,6 +21,7 @@ from megatron_let.mcore.optimizer import load_schedule, schedule_state, set_lear
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.training import checkpoint_files as files
 from megatron_let.training.let_record import LetRecord
+from megatron_let.training.resolved import resolved_choices
 from megatron_let.training.state import TrainingState
 
 SETTINGS_FILE = "settings.yaml"
@@ -70,7 +71,8 @@ def save_checkpoint(
     _on_rank_0(context, root, lambda: files.prepare_partial(root, state.iteration))
     directory = files.partial_directory(root, state.iteration)
     save_content(directory, saved, context, iteration=state.iteration, run=run)
-    _on_rank_0(context, root, lambda: _write_settings(directory, config))
+    choices = resolved_choices(config, context, parts.student, let_record)
+    _on_rank_0(context, root, lambda: _write_settings(directory, config, choices))
     share = (context.rank, context.world_size)
     described, error = _attempt(root, lambda: files.describe_files(directory, share=share))
     context.raise_together(error)
@@ -78,8 +80,9 @@ def save_checkpoint(
     _on_rank_0(context, root, lambda: files.finish(root, state.iteration, entries))
 
 
-def _write_settings(directory: Path, config: RunConfig) -> None:
-    (directory / SETTINGS_FILE).write_text(config.to_yaml(), encoding="utf-8")
+def _write_settings(directory: Path, config: RunConfig, choices: list[str]) -> None:
+    comments = "".join(f"# {choice}\n" for choice in ["what was left open:", *choices])
+    (directory / SETTINGS_FILE).write_text(config.to_yaml() + comments, encoding="utf-8")
 
 
 def _on_rank_0(context: ParallelContext, root: Path, action: Callable[[], object]) -> None:

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let.config.let import LetConfig
+from megatron_let.config.run_config import RunConfig
 from megatron_let.errors import ConfigError
 from megatron_let.exit_status import EXIT_STATUS_FILE
-from megatron_let.let import LetSchedule
+from megatron_let.let import LetSchedule, default_student_layer, resolve_stop
+from megatron_let.let.schedule import DEFAULT_STOP_FRACTION
+from megatron_let.training.teachers import teacher_dtype, teacher_files
 
 # Files of a teacher directory that decide what it computes.
 _IDENTITY_SUFFIXES = (".safetensors", ".distcp", ".pt", ".json", ".metadata")
@@ -97,3 +100,33 @@ def reconcile(
                 "give the checkpoint's value, or --let-override to accept the change"
             )
     return LetRecord(**values)
+
+
+def record_of_run(config: RunConfig, saved: dict[str, Any] | None, total_iterations: int) -> LetRecord | None:
+    """Resolve LET's settings, and on resume hold them against those of the checkpoint, `saved`; None without LET.
+
+    Raises:
+        ConfigError: S_stop is outside the run, or a setting differs from the checkpoint's.
+    """
+    let, current = config.let, None
+    completed = 0 if saved is None or config.checkpoint.finetune else saved["state"]["iteration"]
+    if let.is_on:
+        fraction = let.let_stop_fraction
+        if fraction is None and let.let_stop_iters is None:
+            fraction = DEFAULT_STOP_FRACTION
+        stop = resolve_stop(total_iterations, stop_iters=let.let_stop_iters, stop_fraction=fraction)
+        files = teacher_files(Path(str(let.let_teacher_load)))
+        current = LetRecord(
+            student_layer=let.let_student_layer or default_student_layer(config.transformer.num_layers),
+            teacher_layer=let.let_teacher_layer,
+            weight=let.let_weight,
+            stop_iteration=stop,
+            stop_fraction=fraction,
+            loss=let.let_loss,
+            projection=let.let_projection,
+            teacher_dtype=str(teacher_dtype(config)).removeprefix("torch."),
+            teacher_identity=None if files is None else teacher_identity(files),
+        )
+    if saved is None or config.checkpoint.finetune:
+        return current
+    return reconcile(saved["let"], current, completed_iterations=completed, let=let)

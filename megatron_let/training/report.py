@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +68,37 @@ class IntervalTotals:
             self.nan_iterations += 1
 
 
+class ReleaseTimer:
+    """Iteration times on either side of the teacher's release, for the one line that compares their medians."""
+
+    _WINDOW = 10
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=self._WINDOW)
+        self._before: float | None = None
+        self._iteration = 0
+
+    def add(self, seconds: float) -> None:
+        """Add an iteration."""
+        self._seconds.append(seconds)
+
+    def release(self, iteration: int) -> None:
+        """Note that the teacher left after `iteration` iterations."""
+        if self._seconds:  # a run resumed right here has nothing to compare
+            self._before, self._iteration = statistics.median(self._seconds), iteration
+            self._seconds.clear()
+
+    def line(self, *, is_last: bool) -> str | None:
+        """Return the line once enough iterations have followed, or the last one has; None at any other time."""
+        if self._before is None or not (is_last or len(self._seconds) == self._WINDOW):
+            return None
+        before, self._before = self._before, None
+        return (
+            f" LET teacher released at iteration {self._iteration}: iteration time {before * 1e3:.1f} ms before, "
+            f"{statistics.median(self._seconds) * 1e3:.1f} ms after"
+        )
+
+
 @dataclass(frozen=True)
 class Reporter:
     """The one rank that speaks: rank 0 writes, the others do nothing."""
@@ -125,10 +158,17 @@ class Reporter:
         for sink in self.sinks:
             sink.write(row)
 
-    def validation(self, row: ValidationRow) -> None:
-        """Report one evaluation."""
+    def validation(self, state: TrainingState, loss: float) -> None:
+        """Report one evaluation; all ranks bring the same reduced loss."""
         if self.context.rank != 0:
             return
+        row = ValidationRow(
+            iteration=state.iteration,
+            consumed_samples=state.consumed_samples,
+            consumed_tokens=state.consumed_samples * self.config.model.seq_length,
+            validation_lm_loss=loss,
+            elapsed_seconds=state.elapsed_seconds,
+        )
         LOGGER.info(format_validation_row(row))
         for sink in self.sinks:
             sink.write(row)

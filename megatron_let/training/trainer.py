@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
-from collections import deque
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +16,7 @@ from megatron_let.errors import EXIT_DONE, EXIT_PREEMPTED
 from megatron_let.mcore.checkpoint import Parts
 from megatron_let.mcore.datasets import DataSplits
 from megatron_let.mcore.model import gathered_parameters
+from megatron_let.mcore.optimizer import learning_rate
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.mcore.schedule import run_schedule
 from megatron_let.training.alignment import Alignment
@@ -25,13 +24,9 @@ from megatron_let.training.checkpoints import TokenizerRecord, save_checkpoint
 from megatron_let.training.evaluation import data_iterators, evaluate, reduce_loss
 from megatron_let.training.forward_step import LM_LOSS, ForwardStep
 from megatron_let.training.let_record import LetRecord
-from megatron_let.training.metrics import ValidationRow
-from megatron_let.training.report import IntervalTotals, Reporter
+from megatron_let.training.report import IntervalTotals, ReleaseTimer, Reporter
 from megatron_let.training.signals import StopRequest
 from megatron_let.training.state import TrainingState
-
-# Step times on either side of S_stop that the release line compares.
-_RELEASE_WINDOW = 10
 
 
 @dataclass(frozen=True)
@@ -58,20 +53,13 @@ class Trainer:
         self.run = run
         self.state = state
         self._stop = stop
-        self._started = time.monotonic()
         self._total = run.total_iterations
         self._interval = IntervalTotals(run.context.device)
-        self._step_times: deque[float] = deque(maxlen=_RELEASE_WINDOW)
-        self._before_release: float | None = None
+        self._release_timer = ReleaseTimer()
         self._last_saved: int | None = state.iteration or None
 
-    def fit(self, *, started: float | None = None) -> int:
-        """Train to the end (or until told to stop) and return the exit code; every rank calls this.
-
-        `started` is the program's start on `time.monotonic`'s clock, from which `--exit-duration-in-mins` counts.
-        """
-        if started is not None:
-            self._started = started
+    def fit(self) -> int:
+        """Train to the end (or until told to stop) and return the exit code; every rank calls this."""
         try:
             return self._train()
         finally:
@@ -83,10 +71,9 @@ class Trainer:
         iterators = self.open_data()
         while self.state.iteration < self._total and not config.validation.skip_train:
             self.step(iterators)
-            exit_code = self._exit_code()
-            if exit_code is not None:
+            if self.state.iteration < self._total and self._should_leave():
                 self._save()
-                return exit_code
+                return EXIT_PREEMPTED
         self._save()
         self._validate(self.run.data.valid, "validation")
         self._validate(self.run.data.test, "test")
@@ -149,7 +136,7 @@ class Trainer:
         state.consumed_samples += batch_size
         seconds = time.perf_counter() - started
         state.elapsed_seconds += seconds
-        self._step_times.append(seconds)
+        self._release_timer.add(seconds)
         self._interval.add(
             [report[LM_LOSS] for report in reports], grad_norm, num_zeros, is_updated, batch_size, seconds
         )
@@ -160,7 +147,9 @@ class Trainer:
 
     def _after_iteration(self) -> None:
         config, iteration = self.run.config, self.state.iteration
-        self._say_release_when_measured()
+        line = self._release_timer.line(is_last=iteration == self._total)
+        if line is not None:
+            self.run.reporter.say(line)
         if iteration % config.logging.log_interval == 0 or iteration == self._total:
             self._log()
         interval = config.training.manual_gc_interval
@@ -187,7 +176,7 @@ class Trainer:
             lm_loss=lm_loss,
             let_report=let_report,
             let_weight=let_weight,
-            learning_rate=_learning_rate(run.parts.optimizer),
+            learning_rate=learning_rate(run.parts.optimizer),
             loss_scale=float(run.parts.optimizer.get_loss_scale()) if run.parts.optimizer else 1.0,
             total_iterations=self._total,
         )
@@ -200,15 +189,7 @@ class Trainer:
         with self._gathered():
             loss = evaluate(run.config, run.context, run.parts.student, run.forward_step, dataset)
         if name == "validation":
-            run.reporter.validation(
-                ValidationRow(
-                    iteration=self.state.iteration,
-                    consumed_samples=self.state.consumed_samples,
-                    consumed_tokens=self.state.consumed_samples * run.config.model.seq_length,
-                    validation_lm_loss=loss,
-                    elapsed_seconds=self.state.elapsed_seconds,
-                )
-            )
+            run.reporter.validation(self.state, loss)
         else:
             run.reporter.say(f" test loss at the end of training | lm loss value: {loss:.6E} |")
 
@@ -238,25 +219,13 @@ class Trainer:
     def _gathered(self) -> AbstractContextManager[None]:
         return gathered_parameters(self.run.config, self.run.parts.student)
 
-    def _exit_code(self) -> int | None:
-        """Return the code to leave with after this iteration, or None to go on; all ranks agree."""
-        training, say = self.run.config.training, self.run.reporter.say
-        if self.state.iteration >= self._total:
-            return None
-        if training.exit_signal_handler and self.run.context.any_rank(self._stop.signal_name is not None):
-            say(
-                f" exiting at iteration {self.state.iteration}: received {self._stop.signal_name or 'a signal'}"
-            )
-            return EXIT_PREEMPTED
-        if training.exit_duration_in_mins is not None:
-            minutes = (time.monotonic() - self._started) / 60.0
-            if self.run.context.any_rank(minutes > training.exit_duration_in_mins):
-                say(f" exiting at iteration {self.state.iteration} after {minutes:.1f} minutes")
-                return EXIT_PREEMPTED
-        if training.exit_interval and self.state.iteration % training.exit_interval == 0:
-            say(f" exiting at iteration {self.state.iteration} (--exit-interval)")
-            return EXIT_PREEMPTED
-        return None
+    def _should_leave(self) -> bool:
+        """Say why the run leaves after this iteration, before its end, if it does; all ranks agree."""
+        iteration = self.state.iteration
+        reason = self._stop.reason(self.run.config.training, self.run.context, iteration)
+        if reason is not None:
+            self.run.reporter.say(f" exiting at iteration {iteration}: {reason}")
+        return reason is not None
 
     def _release_teacher_when_due(self) -> None:
         """At S_stop drop the teacher everywhere; its ranks give its memory back."""
@@ -266,23 +235,4 @@ class Trainer:
         if alignment.objective.schedule.is_active_at(self.state.iteration):
             return
         alignment.release()
-        if self._step_times:
-            self._before_release = statistics.median(self._step_times)
-            self._step_times.clear()
-
-    def _say_release_when_measured(self) -> None:
-        is_measured = len(self._step_times) == _RELEASE_WINDOW or self.state.iteration == self._total
-        if self._before_release is None or not is_measured or self.run.alignment is None:
-            return
-        after = statistics.median(self._step_times)
-        self.run.reporter.say(
-            f" LET teacher released at iteration {self.run.alignment.objective.schedule.stop_iteration}: iteration time "
-            f"{self._before_release * 1e3:.1f} ms before, {after * 1e3:.1f} ms after"
-        )
-        self._before_release = None
-
-
-def _learning_rate(optimizer: Any) -> float:
-    """Return the learning rate of the first parameter group that follows the run's own schedule."""
-    groups = optimizer.param_groups
-    return float(next((group["lr"] for group in groups if group.get("default_config")), groups[0]["lr"]))
+        self._release_timer.release(self.state.iteration)

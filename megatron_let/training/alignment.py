@@ -33,8 +33,9 @@ class AlignmentReport:
 class Alignment:
     """The teacher, the tap on layer k and the sums for the log.
 
-    Every rank has one; only the ranks of the owner stage hold a teacher and a tap, until `is_released`. The teacher is un-sharded: each
-    rank runs it on its whole microbatch and keeps the slice of the states that belongs to its slice of layer k.
+    Every rank has one; only the ranks of the owner stage hold a teacher and a tap, until `is_released`. The teacher is
+    un-sharded: each rank runs it on its whole microbatch and keeps the slice of the states that belongs to its slice
+    of layer k.
     """
 
     def __init__(

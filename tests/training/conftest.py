@@ -50,6 +50,16 @@ def start(pool: RankPool, token_files: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="session")
+def megatron_teacher(pool: RankPool, token_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a Megatron checkpoint that was trained with dropout, of which a teacher must have none."""
+    directory = tmp_path_factory.mktemp("megatron_teacher")
+    dropout = {"--hidden-dropout": 0.1, "--attention-dropout": 0.1}
+    changes = {"--data-path": token_files, "--train-iters": 1, "--save": directory, **dropout}
+    pool.run(1, train, arguments(TINY_STUDENT, changes))
+    return directory
+
+
+@pytest.fixture(scope="session")
 def ours(pool: RankPool, token_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Ours:
     """Return the maker of our side."""
     return Ours(pool, token_files, tmp_path_factory.mktemp("spread"))

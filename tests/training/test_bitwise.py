@@ -10,6 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from megatron_let.let import Teacher
 from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.training import (
     TINY_STUDENT,
@@ -19,6 +20,8 @@ from megatron_let.testing.training import (
     stored_tensors,
     train,
 )
+from megatron_let.training import build as build_module
+from megatron_let.training.teachers import load_teacher
 from megatron_let.training.trainer import Trainer
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -43,23 +46,36 @@ def test_weight_zero_is_the_plain_run_bit_for_bit(
 @pytest.mark.parametrize("kind", ["hf", "megatron"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_teacher_that_runs_leaves_the_students_dropout_as_it_is(
-    layout: str, kind: str, pool: RankPool, token_files: Path, teacher: Path, start: Path, tmp_path: Path
+    layout: str,
+    kind: str,
+    pool: RankPool,
+    token_files: Path,
+    teacher: Path,
+    megatron_teacher: Path,
+    tmp_path: Path,
 ) -> None:
     """The first iteration's loss, over eight microbatches, comes before LET has changed a weight."""
     base = {"--data-path": token_files, "--train-iters": 1, **DROPOUT, **LAYOUTS[layout]}
-    let = {
-        "--let-teacher-load": teacher if kind == "hf" else start,
-        "--let-weight": 1.0,
-        "--let-stop-iters": 1,
-    }
-    rows = {}
-    for name, changes in {"plain": {}, "let": let}.items():
-        words = {**base, **changes, "--save": tmp_path / name}
-        pool.run(2, train, arguments(TINY_STUDENT, words))
-        (rows[name],) = numbers(tmp_path / name)
-    assert rows["let"]["let_cosine"] is not None
-    assert rows["let"]["lm_loss"] == rows["plain"]["lm_loss"]
-    assert rows["let"]["grad_norm"] != rows["plain"]["grad_norm"]
+    path = teacher if kind == "hf" else megatron_teacher
+    let = {"--let-teacher-load": path, "--let-weight": 1.0, "--let-stop-iters": 1}
+    plain, guided = {**base, "--save": tmp_path / "plain"}, {**base, **let, "--save": tmp_path / "let"}
+    pool.run(2, train, arguments(TINY_STUDENT, plain))
+    pool.run(2, train_with_a_teacher_that_draws, arguments(TINY_STUDENT, guided))
+    (expected,), (actual,) = numbers(tmp_path / "plain"), numbers(tmp_path / "let")
+    assert actual["let_cosine"] is not None
+    assert actual["lm_loss"] == expected["lm_loss"]
+    assert actual["grad_norm"] != expected["grad_norm"]
+
+
+def train_with_a_teacher_that_draws(argv: list[str]) -> int:
+    """Train on this rank; building the teacher draws random numbers, as random initial weights would."""
+
+    def load(*args: Any) -> Teacher:
+        torch.rand(7)
+        return load_teacher(*args)
+
+    with patch.object(build_module, "load_teacher", load):
+        return train(argv)
 
 
 def test_after_stop_the_run_is_what_a_run_without_teacher_makes_of_that_state(

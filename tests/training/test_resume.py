@@ -72,10 +72,9 @@ def assert_resumes_bitwise(
 
 
 def test_a_run_with_a_megatron_teacher_resumes_bitwise(
-    base: dict[str, Any], start: Path, pool: RankPool, tmp_path: Path
+    base: dict[str, Any], megatron_teacher: Path, pool: RankPool, tmp_path: Path
 ) -> None:
-    """Building that teacher draws random numbers from Megatron's own states too, and at another time than before."""
-    words = {**base, "--let-teacher-load": start, "--attention-dropout": 0.1}
+    words = {**base, "--let-teacher-load": megatron_teacher, "--attention-dropout": 0.1}
     assert_resumes_bitwise(pool, 1, words, 2, tmp_path)
 
 

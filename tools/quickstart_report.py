@@ -178,7 +178,8 @@ def _times(plain: Sequence[Point], let: Sequence[Point], facts: Facts) -> list[s
     return [
         f"An iteration (median) takes {times.plain:.0f} ms plain and {times.with_teacher:.0f} ms while LET's teacher "
         f"runs{after}: {times.with_teacher / times.plain - 1:+.1%}. The floor by FLOPs, teacher parameters / "
-        f"(3 x student parameters), is {floor:+.1%}.",
+        f"(3 x student parameters), is {floor:+.1%}. The runs followed one another, so some percent of this are the "
+        "machine's; tools/benchmark.py let times both in turns.",
         "",
         f"Training time, evaluation and saving left out: teacher {_clock(facts.teacher_seconds)}, plain "
         f"{_clock(plain[-1].seconds)}, LET {_clock(let[-1].seconds)}. Wall-clock of the steps, start-up, evaluation and saving included:",

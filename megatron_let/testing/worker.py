@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -22,6 +23,10 @@ from megatron_let.lifetime import die_with_parent
 
 # (action, pattern of the message, category, pattern of the module, line number): the arguments of filterwarnings
 WarningFilter = tuple[Any, str, Any, str, int]
+
+
+_MAX_THREADS = 60
+"""Of a worker between two cases, before it looks for garbage that keeps threads alive."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +121,27 @@ def _leave() -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        _end_threads_of_groups()
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
+
+
+def _end_threads_of_groups() -> None:
+    """Free groups that only garbage still holds: each has three threads, and hundreds of them slow every case down.
+
+    megatron-core's cached rotary embeddings hold one too.
+    """
+    rotary = sys.modules.get("megatron.core.models.common.embeddings.rotary_pos_embedding")
+    if rotary is not None:
+        rotary.RotaryEmbedding.forward.cache_clear()
+    if _num_threads() > _MAX_THREADS:
+        gc.collect()
+
+
+def _num_threads() -> int:
+    """Return the threads of this process, those of libraries included (Linux; elsewhere as many as make us act)."""
+    tasks = "/proc/self/task"
+    return len(os.listdir(tasks)) if os.path.isdir(tasks) else _MAX_THREADS + 1
 
 
 @contextmanager

@@ -230,3 +230,18 @@ def _is_running(pid: int) -> bool:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[:1]
     except FileNotFoundError:
         return False
+
+
+def train_and_count_threads(argv: list[str]) -> int:
+    """Train, and return the threads this worker had before."""
+    before = len(os.listdir("/proc/self/task"))
+    train(argv)
+    return before
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads by Linux's /proc")
+def test_the_groups_of_earlier_cases_leave_no_threads(pool: RankPool) -> None:
+    """Each gloo group has three; left behind, hundreds of them slow every later case down."""
+    words = arguments(TINY_STUDENT, {"--mock-data": None, "--train-iters": 1})
+    counts = [max(pool.run(2, train_and_count_threads, words)) for _ in range(4)]
+    assert counts[-1] <= counts[1] <= 60

@@ -61,7 +61,7 @@ def test_a_megatron_teacher_reads_as_many_tokens_as_it_was_trained_on(
     ours: Ours, teacher: Path, pool: RankPool, tmp_path: Path
 ) -> None:
     family, student = STUDENTS["llama-tied"], STUDENTS["llama"]
-    words = arguments({**ours.base(family), "--seq-length": 16})
+    words = arguments(ours.base(family), {"--seq-length": 16})
     pool.run(1, write_spread_checkpoint, words, tmp_path)
     # its weights are those of the other checkpoint of this family: the same seeds, no learned positions
     as_student = ours.run(family, "one-process", teacher)

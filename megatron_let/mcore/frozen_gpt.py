@@ -7,13 +7,10 @@ so the tensors are read through torch's distributed-checkpoint reader without co
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -137,28 +134,18 @@ def _build_alone(
     model_settings = dataclasses.replace(config.model, transformer_impl="local")
     alone = dataclasses.replace(config, transformer=transformer, model=model_settings)
     core = build_transformer_config(alone, is_on_gpu=device.type == "cuda")
-    with _own_environment():
-        model = build_gpt(
-            alone,
-            core,
-            padded_vocab_size=padded_vocab_size,
-            groups=_groups_of_one(),
-            pre_process=True,
-            post_process=True,
-            vp_stage=None,
-            has_te_layers=False,
-        )
+    model = build_gpt(
+        alone,
+        core,
+        padded_vocab_size=padded_vocab_size,
+        groups=_groups_of_one(),
+        pre_process=True,
+        post_process=True,
+        vp_stage=None,
+        has_te_layers=False,
+    )
     del model.output_layer
     return model
-
-
-@contextmanager
-def _own_environment() -> Iterator[None]:
-    """Hide the variables by which a GPTModel tells Transformer Engine its attention: they are the student's."""
-    with patch.dict(os.environ):
-        for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
-            os.environ.pop(name, None)
-        yield
 
 
 def _groups_of_one() -> ProcessGroupCollection:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -120,26 +121,33 @@ def build_gpt(
     optional: dict[str, Any] = {}
     if model.rotary_seq_len_interpolation_factor is not None:
         optional["seq_len_interpolation_factor"] = model.rotary_seq_len_interpolation_factor
-    return GPTModel(
-        config=core_config,
-        transformer_layer_spec=_layer_spec(
-            core_config, vp_stage, groups, has_te_layers=has_te_layers, has_document_masks=has_document_masks
-        ),
-        vocab_size=padded_vocab_size,
-        max_sequence_length=model.max_position_embeddings,
-        pre_process=pre_process,
-        post_process=post_process,
-        parallel_output=True,
-        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-        position_embedding_type=model.position_embedding_type,
-        rotary_percent=model.rotary_percent,
-        rotary_base=model.rotary_base,
-        rope_scaling=model.use_rope_scaling,
-        rope_scaling_factor=model.rope_scaling_factor,
-        pg_collection=groups,
-        vp_stage=vp_stage,
-        **optional,
-    )
+    # megatron-core turns --attention-backend into Transformer Engine's environment variables and asserts that every
+    # later model wants the same: the stock layers, those of a teacher among them, have no business there.
+    with nullcontext() if has_te_layers else patch.object(GPTModel, "_set_attention_backend"):
+        return GPTModel(
+            config=core_config,
+            transformer_layer_spec=_layer_spec(
+                core_config,
+                vp_stage,
+                groups,
+                has_te_layers=has_te_layers,
+                has_document_masks=has_document_masks,
+            ),
+            vocab_size=padded_vocab_size,
+            max_sequence_length=model.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+            position_embedding_type=model.position_embedding_type,
+            rotary_percent=model.rotary_percent,
+            rotary_base=model.rotary_base,
+            rope_scaling=model.use_rope_scaling,
+            rope_scaling_factor=model.rope_scaling_factor,
+            pg_collection=groups,
+            vp_stage=vp_stage,
+            **optional,
+        )
 
 
 def _layer_spec(

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
-from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_let.config.run_config import RunConfig
@@ -46,12 +45,9 @@ def build_transformer_config(config: RunConfig, *, is_on_gpu: bool) -> Transform
     values: dict[str, Any] = dataclasses.asdict(config.transformer)
     values.update(_activation(config, is_on_gpu=is_on_gpu))
     dtype = compute_dtype(config)
-    has_te_layers = uses_transformer_engine(config, is_on_gpu=is_on_gpu)
     has_virtual_stages = config.transformer.virtual_pipeline_model_parallel_size is not None
     values.update(
         params_dtype=dtype,
-        # The stock layers do without: megatron-core turns it into environment variables that bind a teacher too.
-        attention_backend=config.transformer.attention_backend if has_te_layers else AttnBackend.auto,
         # Stages send each other the residual stream.
         pipeline_dtype=torch.float32 if config.transformer.fp32_residual_connection else dtype,
         # On CPU an overlapped send still reads the output when the schedule would free it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from megatron_let.errors import ConfigError
 from megatron_let.log import LOGGER
 from megatron_let.mcore import transformer_config
 from megatron_let.mcore.kernel_checks import check_kernels
+from megatron_let.mcore.model import build_student
+from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.mcore.transformer_config import build_transformer_config
 from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.training import TINY_STUDENT, arguments, refusal
@@ -118,6 +121,19 @@ def test_a_teacher_takes_the_kernels_that_are_there() -> None:
     assert not core.masked_softmax_fusion
     values = torch.linspace(-2, 2, 5)
     assert torch.equal(core.activation_func(values), F.gelu(values, approximate="tanh")), "as it was trained"
+
+
+def test_models_of_stock_layers_leave_transformer_engines_environment_alone(
+    one_process: ParallelContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A student with another --attention-backend than its teacher had; megatron-core would fail an assertion."""
+    names = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for backend in ("auto", "unfused", "local"):
+        config = settings({"--attention-backend": backend})
+        build_student(config, one_process, vocab_size=61, padded_vocab_size=72)
+    assert not [name for name in names if name in os.environ]
 
 
 def test_a_run_is_refused_before_it_trains(pool: RankPool) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_let.testing.distributed import RankError, RankPool, RankTimeoutError
+from megatron_let.testing.training import TINY_STUDENT, arguments, train
 
 
 def sum_of_ranks(scale: float) -> tuple[float, int, int]:

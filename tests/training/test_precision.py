@@ -117,13 +117,15 @@ def test_an_overflow_is_skipped_and_counted_and_let_goes_on(layout: str, precisi
 @pytest.mark.parametrize("layout", ["one-process", "pp2", "tp2-sp"])
 @pytest.mark.parametrize("norm", ["RMSNorm", "LayerNorm"])
 def test_an_fp32_residual_stream_runs_and_follows_fp32(
-    norm: str, layout: str, pool: RankPool, token_files: Path, tmp_path: Path
+    norm: str, layout: str, pool: RankPool, token_files: Path, teacher: Path, tmp_path: Path
 ) -> None:
     _, on_layout = LAYOUTS.get(layout, (1, {}))
     words = {
         "--data-path": token_files,
         "--normalization": norm,
         "--use-cpu-initialization": None,
+        "--let-teacher-load": teacher,
+        "--let-stop-iters": 5,
         **on_layout,
     }
     mixed = {"--bf16": None, "--fp32-residual-connection": None}
@@ -133,3 +135,4 @@ def test_an_fp32_residual_stream_runs_and_follows_fp32(
     expected, actual = (training_rows(tmp_path / name) for name in ("fp32", "mixed"))
     for ours, theirs in zip(actual, expected, strict=True):
         assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=TOLERANCES["--bf16"])
+        assert ours["let_cosine"] == pytest.approx(theirs["let_cosine"], abs=2 * TOLERANCES["--bf16"])

@@ -20,7 +20,7 @@ from megatron_let.testing.training import (
     stored_tensors,
     train,
 )
-from megatron_let.training import build as build_module
+from megatron_let.training import alignment as alignment_module
 from megatron_let.training.teachers import load_teacher
 from megatron_let.training.trainer import Trainer
 
@@ -74,7 +74,7 @@ def train_with_a_teacher_that_draws(argv: list[str]) -> int:
         torch.rand(7)
         return load_teacher(*args)
 
-    with patch.object(build_module, "load_teacher", load):
+    with patch.object(alignment_module, "load_teacher", load):
         return train(argv)
 
 

@@ -29,6 +29,8 @@ _POLL_SECONDS = 0.5
 # How often a line is printed where lines cannot be written over (a file, a pipe).
 _QUIET_SECONDS = 10.0
 _LAST_LINES = 15
+# Before the command that a log begins with.
+_COMMAND = "$ "
 
 
 class ChildFailed(LetError):
@@ -169,9 +171,9 @@ class LogWatch:
         self._log = log
 
     def __call__(self) -> Status:
-        """Return the last line of the log."""
+        """Return the last line of the log, or that the program has said nothing so far."""
         lines = last_lines(self._log, 1)
-        return Status(lines[0] if lines else "starting")
+        return Status("starting" if not lines or lines[0].startswith(_COMMAND) else lines[0])
 
 
 def read_rows(metrics: Path) -> list[dict[str, Any]]:
@@ -211,7 +213,7 @@ def run_child(
         KeyboardInterrupt: it was interrupted and has ended.
     """
     with log.open("ab") as output:
-        output.write(f"$ {' '.join(command)}\n".encode())
+        output.write(f"{_COMMAND}{' '.join(command)}\n".encode())
         output.flush()
         child = subprocess.Popen(
             command,

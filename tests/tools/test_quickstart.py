@@ -103,6 +103,16 @@ def child(code: str, log: Path, progress: ProgressLine) -> None:
     )
 
 
+def test_a_program_that_has_said_nothing_yet_is_starting(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert LogWatch(log)() == Status("starting")
+    child("", log, plan(1.0))
+    assert log.read_text().startswith("$ ")
+    assert LogWatch(log)() == Status("starting")
+    child("print('a word')", log, plan(1.0))
+    assert LogWatch(log)() == Status("a word")
+
+
 def test_a_failing_child_shows_its_last_lines_and_its_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -310,3 +310,20 @@ def test_what_can_be_seen_in_the_teachers_files_is_found_before_anything_is_buil
     argv = arguments(TINY_STUDENT, {**words, "--let-teacher-load": path, **flags})
     for message in pool.run(2, refused_early, argv):
         assert expected in str(message)
+
+
+def test_mock_data_is_named_once_beside_a_teacher(damaged: Path, pool: RankPool, tmp_path: Path) -> None:
+    """There is no data set to compare; student and teacher are, and agree."""
+    write_word_tokenizer(damaged, WORDS)
+    changes = {
+        "--mock-data": None,
+        "--train-iters": 1,
+        "--tokenizer-type": "HuggingFaceTokenizer",
+        "--tokenizer-model": damaged,
+        "--vocab-size": False,
+    }
+    for teacher, expected in (({"--let-teacher-load": damaged, "--let-stop-iters": 1}, 1), ({}, 0)):
+        result = run(pool, {**changes, **teacher})
+        warnings = [line for line in result.lines if line.startswith("WARNING")]
+        assert (result.code, len(warnings)) == (0, expected)
+        assert all("mock data was made with no tokenizer" in line for line in warnings)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import connection, get_context
@@ -161,10 +162,15 @@ def cores_of(rank: int, world_size: int, num_threads: int) -> tuple[int, ...] | 
 
 
 def free_port() -> int:
-    """Return a TCP port of this machine that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port of this machine that nobody listens on right now.
+
+    Below the ports that systems hand out by themselves: seconds pass before the rank listens on it.
+    """
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _serve(

@@ -15,7 +15,7 @@ from megatron_let.errors import ConfigError
 MANIFEST_VERSION = 1
 
 _NUMBERS = ("vocab_size", "eod", "max_token_id", "documents", "sequences", "tokens", "bytes")
-_TEXTS = ("tokenizer_type", "tokenizer_name", "dtype")
+_TEXTS = ("tokenizer_type", "tokenizer_name", "dtype", "bin_sha256", "idx_sha256")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class Manifest:
     """Records that gave no document, by reason."""
     skipped_examples: tuple[str, ...] = ()
     """The first few of them: file, line, reason."""
+    bin_sha256: str = ""
+    """SHA-256 of PREFIX.bin, in hex; "" when it is not known."""
+    idx_sha256: str = ""
+    """The same of PREFIX.idx."""
     tool_version: str = ""
     version: int = MANIFEST_VERSION
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_config import (
@@ -19,8 +20,14 @@ from megatron.core.datasets.utils import get_blend_from_list
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_let.config.run_config import RunConfig
+from megatron_let.data.indexed import count_tokens
 from megatron_let.errors import ConfigError
-from megatron_let.mcore.index_cache import CachedDatasetBuilder, CachedGPTDataset
+from megatron_let.mcore.index_cache import (
+    CachedBlendedDataset,
+    CachedDatasetBuilder,
+    CachedGPTDataset,
+    default_cache,
+)
 from megatron_let.mcore.parallel import ParallelContext
 
 Sample = dict[str, torch.Tensor]
@@ -102,6 +109,30 @@ def is_blended_by_size(config: RunConfig, split: str) -> bool:
     paths = config.data.data_path or per_split[split]
     prefixes, weights = get_blend_from_list(list(paths)) if paths else ([], None)
     return len(prefixes) > 1 and weights is None
+
+
+def is_any_blend(config: RunConfig) -> bool:
+    """Return whether a split joins several data sets."""
+    return any(len(parts) > 1 for parts in split_parts(config).values())
+
+
+class DataUse(NamedTuple):
+    """What a split takes of one data set."""
+
+    prefix: str
+    samples: int
+    tokens: int
+    """Of one epoch: the data set's share in this split."""
+
+
+def data_use(dataset: Any, parts: Sequence[SplitPart], count: int) -> list[DataUse]:
+    """Return what the first `count` samples of a built split take of each data set; `parts` as split_parts gives them."""
+    taken = [count]
+    if isinstance(dataset, CachedBlendedDataset):
+        taken = np.bincount(dataset.dataset_index[:count], minlength=len(parts)).tolist()
+    return [
+        DataUse(part.prefix, samples, count_tokens(*part)) for part, samples in zip(parts, taken, strict=True)
+    ]
 
 
 def build_datasets(
@@ -192,6 +223,12 @@ def _prefixes(paths: Sequence[str] | None) -> list[str]:
     """Return the prefixes of a blend, weights left out."""
     blend = get_blend_from_list(list(paths)) if paths else None
     return list(blend[0]) if blend else []
+
+
+def cache_directories(config: RunConfig) -> list[str]:
+    """Return where the sample indices of a run are kept."""
+    place = config.data.data_cache_path
+    return [default_cache(prefix) for prefix in data_prefixes(config)] if place is None else [place]
 
 
 def data_prefixes(config: RunConfig) -> list[str]:

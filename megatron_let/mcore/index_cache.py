@@ -28,6 +28,11 @@ from megatron_let.log import LOGGER
 _CHUNK = 1 << 20
 
 
+def default_cache(prefix: str) -> str:
+    """Return the directory beside the data of `prefix` where megatron-core keeps their indices."""
+    return os.path.join(prefix, "cache", "GPTDataset_indices")
+
+
 class CachedGPTDataset(GPTDataset):
     """A data set whose cached indices are its own."""
 
@@ -50,7 +55,7 @@ class CachedGPTDataset(GPTDataset):
     def _build_document_sample_shuffle_indices(self) -> tuple[Any, ...]:
         directory = self.config.path_to_cache
         if directory is None:
-            directory = os.path.join(self.dataset.path_prefix, "cache", "GPTDataset_indices")
+            directory = default_cache(self.dataset.path_prefix)
         return _through_cache(
             self,
             directory,

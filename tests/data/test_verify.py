@@ -103,6 +103,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "documents",
         "document 2 begins at sequence 3 and ends at 2",
     ),
+    "documents run back from one piece to the next": (
+        lambda pair: edit_index(pair, BOUNDS + 8 * 2, "<q", 0),
+        "documents",
+        "document 1 begins at sequence 1 and ends at 0",
+    ),
     "document beyond the end": (
         lambda pair: edit_index(pair, BOUNDS + 8 * 4, "<q", 9),
         "documents",

@@ -39,9 +39,9 @@ def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) ->
     caplog.handler.filters.clear()
 
 
-def write(prefix: Path, *, documents: int = 30, length: int = 40, first: int = 0) -> Path:
-    """Write a data set whose tokens count upwards from `first`; the documents' lengths go up and down."""
-    lengths = [length + (number % 5) - 2 for number in range(documents)]
+def write(prefix: Path, *, documents: int = 30, first: int = 0, order: int = 1) -> Path:
+    """Write a data set whose tokens count upwards from `first`; documents of 38 to 42 tokens in one `order` or another."""
+    lengths = [38 + (number * order) % 5 for number in range(documents)]
     write_token_files(prefix, [[*((first + np.arange(n - 1)) % 60).tolist(), 60] for n in lengths])
     return prefix
 
@@ -62,22 +62,27 @@ def state_of(cache: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in cache.iterdir()}
 
 
+@pytest.mark.parametrize("changes", [{"order": 2}, {"documents": 25}], ids=["as many samples", "fewer"])
 @pytest.mark.parametrize("is_blend", [False, True], ids=["one", "blend"])
-def test_data_written_anew_under_the_same_name_are_read_anew(tmp_path: Path, is_blend: bool) -> None:
+def test_data_written_anew_under_the_same_name_are_read_anew(
+    tmp_path: Path, is_blend: bool, changes: dict[str, int], logged: list[str]
+) -> None:
     prefix, cache = write(tmp_path / "data"), tmp_path / "cache"
     other = write(tmp_path / "other", first=7)
     path: Any = [0.5, prefix, 0.5, other] if is_blend else prefix
-    read(path, cache)
-    write(prefix, documents=11, length=90, first=30)
+    before = read(path, cache)
+    write(prefix, first=30, **changes)
     again = read(path, cache)
     assert torch.equal(again, read(path, tmp_path / "fresh"))
+    assert not torch.equal(again, before)
     assert set(files_of(tmp_path / "fresh")) <= set(files_of(cache))
+    assert logged == [], "the old index is another one, not a damaged one"
 
 
 def test_data_beside_which_the_cache_lies_are_read_anew(tmp_path: Path) -> None:
     prefix = write(tmp_path / "data")
     read(prefix, None)
-    write(prefix, documents=11, length=90)
+    write(prefix, order=2)
     assert torch.equal(read(prefix, None), read(prefix, tmp_path / "fresh"))
     assert len(list((tmp_path / "data" / "cache" / "GPTDataset_indices").iterdir())) == 8
 
@@ -127,6 +132,14 @@ def out_of_range(path: Path) -> None:
     np.save(path, array)
 
 
+def all_in_one_place(path: Path) -> None:
+    array = np.load(path)
+    total, place = array.sum(), array.reshape(-1).argmax()
+    array[:] = 0
+    array.reshape(-1)[place] = total
+    np.save(path, array)
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "no bytes": lambda path: path.write_bytes(b""),
     "cut off in its header": lambda path: path.write_bytes(path.read_bytes()[:20]),
@@ -138,6 +151,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "fewer entries": fewer,
     "zeros": zeroed,
     "out of range": out_of_range,
+    "of the same sum": all_in_one_place,
 }
 
 
@@ -207,15 +221,18 @@ def test_two_shards_that_change_places_in_a_large_index_are_seen(
 ) -> None:
     monkeypatch.setattr("megatron_let.data.identity._BLOCK_BYTES", 64)
     monkeypatch.setattr("megatron_let.data.identity._MAX_BLOCKS", 16)
-    shards = [[20 + (number * seed) % 7 for number in range(100)] for seed in (2, 3, 4, 5)]
+    shards = [[20 + (number * seed) % 7 for number in range(100)] for seed in range(12)]
 
-    def identity(order: tuple[int, ...]) -> str:
+    def identity(order: list[int]) -> str:
         write_token_files(tmp_path / "data", [[1] * length for shard in order for length in shards[shard]])
         return data_identity(str(tmp_path / "data"))
 
-    assert Path(f"{tmp_path / 'data'}.idx").exists() is False
-    assert len({identity((0, 1, 2, 3)), identity((0, 2, 1, 3)), identity((0, 1, 2, 3))}) == 2
-    assert Path(f"{tmp_path / 'data'}.idx").stat().st_size > 64 * 16
+    in_order = list(range(12))
+    swapped = [*range(8), 9, 8, 10, 11]
+    assert sum(shards[8]) == sum(shards[9]) - 1, "offsets outside the two stay as good as the same"
+    assert identity(in_order) != identity(swapped)
+    assert identity(in_order) == identity(in_order)
+    assert Path(f"{tmp_path / 'data'}.idx").stat().st_size > 10 * 64 * 16
 
 
 @given(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -22,16 +22,22 @@ from megatron_let.errors import LetError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# How far the reading may run ahead of a slow item, in items per worker: bounds the results held back.
+# How far the reading may run ahead of a slow item, in items per worker and in size altogether: bounds what is held.
 _LEAD_PER_WORKER = 4
+_LEAD_SIZE = 1 << 28
 
 
 def map_in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], num_workers: int
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    num_workers: int,
+    *,
+    size_of: Callable[[Item], int] = lambda item: 0,
 ) -> Iterator[Result]:
     """Yield `function(item)` for each item, in order; with one worker in this very process.
 
-    `function` must be picklable. Workers are started afresh (not forked), so threads here do no harm.
+    `function` must be picklable. Workers are started afresh (not forked), so threads here do no harm. Items of large
+    `size_of` (bytes) are handed out one after another rather than all at once.
 
     Raises:
         LetError: a worker died or the function failed there; the message says which.
@@ -39,7 +45,7 @@ def map_in_order(
     if num_workers == 1:
         yield from map(function, items)
         return
-    team = _Team[Item, Result](function, num_workers)
+    team = _Team[Item, Result](function, num_workers, size_of)
     try:
         yield from team.run(items)
     finally:
@@ -49,8 +55,11 @@ def map_in_order(
 class _Team(Generic[Item, Result]):
     """The worker processes of one call and what each is busy with."""
 
-    def __init__(self, function: Callable[[Item], Result], num_workers: int) -> None:
+    def __init__(
+        self, function: Callable[[Item], Result], num_workers: int, size_of: Callable[[Item], int]
+    ) -> None:
         context = get_context("spawn")
+        self._size_of = size_of
         self._workers: dict[Connection, BaseProcess] = {}
         self._idle: list[Connection] = []
         self._busy: dict[Connection, int] = {}
@@ -66,20 +75,22 @@ class _Team(Generic[Item, Result]):
         """Hand out the items and yield the results in order."""
         stream = enumerate(items)
         results: dict[int, Result] = {}
-        next_result, num_sent, is_exhausted = 0, 0, False
+        sizes: dict[int, int] = {}  # of the items whose results are not yielded yet
+        next_result, is_exhausted = 0, False
         while True:
-            while self._idle and not is_exhausted and num_sent - next_result < self._lead:
+            while self._idle and not is_exhausted and self._has_room(sizes):
                 entry = next(stream, None)
                 if entry is None:
                     is_exhausted = True
                     break
+                sizes[entry[0]] = self._size_of(entry[1])
                 self._send(*entry)
-                num_sent += 1
-            if next_result == num_sent and is_exhausted:
+            if is_exhausted and not sizes:
                 return
             results.update(self._receive())
             while next_result in results:
                 yield results.pop(next_result)
+                del sizes[next_result]
                 next_result += 1
 
     def stop(self) -> None:
@@ -90,9 +101,8 @@ class _Team(Generic[Item, Result]):
         for process in self._workers.values():
             process.join()
 
-    @property
-    def _lead(self) -> int:
-        return _LEAD_PER_WORKER * len(self._workers)
+    def _has_room(self, sizes: Mapping[int, int]) -> bool:
+        return len(sizes) < _LEAD_PER_WORKER * len(self._workers) and sum(sizes.values()) < _LEAD_SIZE
 
     def _send(self, index: int, item: Item) -> None:
         connection = self._idle.pop()
@@ -128,7 +138,8 @@ class _Team(Generic[Item, Result]):
         )
         return LetError(
             f"a worker process ended {cause} (the system does this when memory runs out); "
-            "nothing was written over: run again, with fewer --workers if memory is short"
+            "nothing was written over, and the same command goes on where this one stopped, with fewer --workers if "
+            "memory is short"
         )
 
 

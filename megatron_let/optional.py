@@ -33,3 +33,8 @@ def has_wandb() -> bool:
 def has_zstandard() -> bool:
     """Return whether zstd-compressed input can be read."""
     return find_spec("zstandard") is not None
+
+
+def has_pyarrow() -> bool:
+    """Return whether parquet input can be read (extra `[parquet]`)."""
+    return find_spec("pyarrow") is not None

@@ -33,3 +33,8 @@ def has_wandb() -> bool:
 def has_zstandard() -> bool:
     """Return whether zstd-compressed input can be read."""
     return find_spec("zstandard") is not None
+
+
+def has_gigatoken() -> bool:
+    """Return whether the fast encoder for preprocessing is installed."""
+    return find_spec("gigatoken") is not None

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_let.data.sentencepiece_model import is_unigram
+
 
 @dataclass(frozen=True)
 class EncodedTexts:
@@ -83,11 +85,12 @@ class SlowHuggingFaceEncoder(BatchEncoder):
 class SentencePieceEncoder(BatchEncoder):
     """Encodes with a SentencePiece model given as bytes; the processor is made again after unpickling."""
 
-    is_local = True
-
     def __init__(self, model: bytes) -> None:
         self.model = model
         self.processor = _sentencepiece_processor(model)
+        # A unigram model adds up the scores of all the text before a place, in 32 bits: where two ways to split a
+        # word are close, the rounding decides, and with it everything before.
+        self.is_local = not is_unigram(model)
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """See BatchEncoder."""

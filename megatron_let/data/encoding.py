@@ -9,6 +9,7 @@ from operator import attrgetter
 
 from megatron_let.data.batch_encoders import BatchEncoder, EncodedTexts, join_encoded
 from megatron_let.data.blocks import Block, Position
+from megatron_let.data.long_texts import encode_texts
 from megatron_let.data.packing import Document, EncodedPart, PackingRules, SubsetCount, pack
 from megatron_let.data.records import (
     NO_TOKENS,
@@ -141,7 +142,7 @@ def _encode_documents(
 ) -> tuple[list[Document], EncodedTexts, list[Document]]:
     """Return the documents that the tokenizer takes, the ids of their texts, and the documents that it refuses."""
     try:
-        return documents, encoder.encode([text for item in documents for text in item.texts]), []
+        return documents, encode_texts(encoder, [text for item in documents for text in item.texts]), []
     except ValueError:
         pass
     taken: list[Document] = []
@@ -149,7 +150,7 @@ def _encode_documents(
     pieces: list[EncodedTexts] = []
     for document in documents:
         try:
-            pieces.append(encoder.encode(document.texts))
+            pieces.append(encode_texts(encoder, document.texts))
         except ValueError:
             refused.append(document)
         else:

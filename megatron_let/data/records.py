@@ -125,11 +125,11 @@ def texts_of(record: Mapping[str, Any], key: str) -> list[str]:
     Raises:
         RejectedRecord: the key is absent or does not hold text that can be encoded.
     """
-    if key not in record:
-        raise RejectedRecord(MISSING_KEY)
-    value = record[key]
+    value = record.get(key)
+    if isinstance(value, str) and value:
+        return [value]
     if value is None:
-        raise RejectedRecord(NULL_TEXT)
+        raise RejectedRecord(NULL_TEXT if key in record else MISSING_KEY)
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
         raise RejectedRecord(NOT_TEXT)
@@ -145,7 +145,7 @@ def utf8_size(texts: list[str]) -> int:
         RejectedRecord: a text holds half a surrogate pair, which JSON can spell but UTF-8 cannot.
     """
     try:
-        return sum(len(text) if text.isascii() else _encoded_size(text) for text in texts)
+        return sum([len(text) if text.isascii() else _encoded_size(text) for text in texts])
     except UnicodeEncodeError:
         raise RejectedRecord(LONE_SURROGATE) from None
 
@@ -154,11 +154,13 @@ def subset_of(record: Mapping[str, Any], path: tuple[str, ...]) -> str:
     """Return the name at the end of a path of keys, or an empty string where there is none."""
     value: Any = record
     for key in path:
-        if not isinstance(value, dict) or key not in value:
+        if not isinstance(value, dict):
             return ""
-        value = value[key]
+        value = value.get(key)
     # A name that UTF-8 cannot hold could be written nowhere.
-    return value.encode("utf-8", errors="replace").decode("utf-8") if isinstance(value, str) else ""
+    if not isinstance(value, str):
+        return ""
+    return value if value.isascii() else value.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _parse_slowly(content: bytes, is_cut: bool, replace_invalid_utf8: bool) -> Any:
@@ -196,6 +198,8 @@ def _without_mark(line: Line) -> memoryview:
 
 
 def _encoded_size(text: str) -> int:
+    if len(text) <= _SIZE_CHUNK:
+        return len(text.encode("utf-8"))
     return sum(
         len(text[start : start + _SIZE_CHUNK].encode("utf-8")) for start in range(0, len(text), _SIZE_CHUNK)
     )

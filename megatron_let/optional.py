@@ -36,5 +36,10 @@ def has_zstandard() -> bool:
 
 
 def has_pyarrow() -> bool:
-    """Return whether parquet input can be read (extra `[parquet]`)."""
+    """Return whether parquet input can be read (extra `[data]`)."""
     return find_spec("pyarrow") is not None
+
+
+def has_gigatoken() -> bool:
+    """Return whether the fast encoder for preprocessing is installed."""
+    return find_spec("gigatoken") is not None

@@ -62,6 +62,10 @@ class Account:
         self.skipped.update(item.reason for item in skipped)
         self._judge(key, policy)
 
+    def state(self) -> dict[str, Any]:
+        """Return the account in JSON values."""
+        return {**vars(self), "skipped": dict(sorted(self.skipped.items()))}
+
     def _judge(self, key: str, policy: ErrorPolicy) -> None:
         num_errors = sum(count for reason, count in self.skipped.items() if reason not in HARMLESS)
         if self.records < _RECORDS_TO_JUDGE or num_errors <= policy.max_fraction * self.records:
@@ -136,7 +140,7 @@ class Outputs:
         """Bring everything to the disk and return it in JSON values."""
         return {
             "pairs": [pair.state() for pair in self._pairs.values()],
-            "accounts": {key: asdict(account) for key, account in self.accounts.items()},
+            "accounts": {key: account.state() for key, account in self.accounts.items()},
         }
 
     def take_up(self, state: Mapping[str, Any]) -> None:

@@ -6,27 +6,31 @@ last chunk, and the files are those of a run that was never killed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 from megatron_let import __version__
 from megatron_let.data.batch_encoders import BatchEncoder
 from megatron_let.data.blocks import Block
-from megatron_let.data.encoding import EncodedBlock, EncodingRules, encode_block, texts_in
+from megatron_let.data.encoding import EncodedBlock, EncodingRules, encode_block
 from megatron_let.data.fast_encoder import choose_encoder
 from megatron_let.data.indexed import dtype_for_vocabulary
 from megatron_let.data.indexed_writer import install_pair
+from megatron_let.data.input_rules import InputRules
 from megatron_let.data.journal import Journal, WorkingDirectory, changed_arguments, write_synced
 from megatron_let.data.manifest import Manifest, read_manifest
 from megatron_let.data.outputs import ErrorPolicy, Outputs, counts_in_words
 from megatron_let.data.progress import ProgressMeter
 from megatron_let.data.readers import read_blocks
 from megatron_let.data.reading import Reading
-from megatron_let.data.sources import InputRules, find_sources
+from megatron_let.data.records import RejectedRecord, records_of, utf8_size
+from megatron_let.data.sources import find_sources
 from megatron_let.data.subsets import blend_line, subset_report
 from megatron_let.data.tokenizers import Tokenizer
 from megatron_let.data.workers import map_in_order
@@ -195,10 +199,10 @@ class _Run:
 
     def _choose_encoder(self, first: Block | None) -> BatchEncoder:
         """Take the fastest encoder that gives the tokenizer's very ids on the first texts of several sources."""
-        sample = texts_in(first, self._rules) if first else []
+        sample = _texts_in(first, self._rules) if first else []
         for source in self._reading.sources[len(self._reading.finished) + 1 :][: _SAMPLED_SOURCES - 1]:
             if source.size is not None:
-                sample += texts_in(next(read_blocks(source, self._input_rules)), self._rules)
+                sample += _texts_in(next(read_blocks(source, self._input_rules)), self._rules)
         encoder, line = choose_encoder(self._tokenizer.batch_encoder(), sample, self._settings.encoder)
         self._write_line(line)
         return encoder
@@ -209,11 +213,23 @@ class _Run:
         for key, account in self._outputs.accounts.items():
             own = {prefix: manifest for prefix, manifest in manifests.items() if manifest.json_key == key}
             line = blend_line(own, self._settings.subset_weights)
-            report = json.dumps(subset_report(asdict(account), own, line), indent=2)
+            report = json.dumps(subset_report(account.state(), own, line), indent=2)
             for name, text in ((f"{key}_subsets.json", report), (f"{key}_blend.txt", line)):
                 write_synced(self._directory.path / name, f"{text}\n")
                 files.append([name, f"{self._settings.output_prefix}_{name}"])
         return files
+
+
+def _texts_in(block: Block, rules: EncodingRules) -> list[str]:
+    """Return the usable texts of a block under all keys."""
+    found: list[str] = []
+    for record in records_of(block, text_key=rules.json_keys[0]):
+        for key in rules.json_keys:
+            with suppress(RejectedRecord):
+                texts = record.texts(key)
+                utf8_size(texts)
+                found += texts
+    return found
 
 
 def _install(directory: WorkingDirectory, journal: Journal) -> dict[str, Manifest]:
@@ -245,7 +261,7 @@ def _arguments(settings: PreprocessSettings, tokenizer: Tokenizer) -> dict[str, 
         "--subset-weights": dict(settings.subset_weights),
         "--max-document-bytes": settings.max_document_bytes,
         "--invalid-utf8": settings.invalid_utf8,
-        "the tokenizer": tokenizer.encoding_fingerprint,
+        "the tokenizer": hashlib.sha256(tokenizer.batch_encoder().definition()).hexdigest(),
         "the version of megatron_let": __version__,
     }
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from megatron_let.data.blocks import START, Block, Position
 from megatron_let.data.encoding import EncodedBlock
+from megatron_let.data.input_rules import FoundSource, InputRules
 from megatron_let.data.manifest import SourceFile
 from megatron_let.data.readers import read_blocks
-from megatron_let.data.sources import FoundSource, InputRules
 from megatron_let.errors import ConfigError
 
 _CHUNK_BYTES = 1 << 22

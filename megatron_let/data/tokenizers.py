@@ -58,7 +58,7 @@ class Tokenizer(ABC):
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of `text`, without bos or eod."""
-        return self.batch_encoder().encode_batch([text])[0]
+        return self.batch_encoder().encode([text]).to_lists()[0]
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, Any]:

@@ -55,7 +55,9 @@ def good(count: int) -> list[dict[str, str]]:
 
 
 class TestPolicy:
-    def test_the_first_unusable_record_stops_where_asked(self, write_jsonl: WriteJsonl, tmp_path: Path) -> None:
+    def test_the_first_unusable_record_stops_where_asked(
+        self, write_jsonl: WriteJsonl, tmp_path: Path
+    ) -> None:
         path = write_jsonl([{"text": "1"}, b"", {"text": ""}, {"text": None}, {"text": "2"}])
         with pytest.raises(ConfigError, match=r"input\.jsonl:4 \(byte \d+\): null_text; --on-error skip"):
             run(tmp_path / "out", [path], on_error="stop")
@@ -72,9 +74,13 @@ class TestPolicy:
     ) -> None:
         path = write_jsonl([*good(10_000 - num_bad), *[b"{broken"] * num_bad])
         if not stops:
-            assert one(tmp_path / "out", [path], max_error_fraction=0.001).skipped == {"invalid_json": num_bad}
+            assert one(tmp_path / "out", [path], max_error_fraction=0.001).skipped == {
+                "invalid_json": num_bad
+            }
             return
-        with pytest.raises(ConfigError, match="11 of 10,000 records are unusable .*--max-error-fraction 0.001"):
+        with pytest.raises(
+            ConfigError, match=r"11 of 10,000 records are unusable .*--max-error-fraction 0.001"
+        ):
             run(tmp_path / "out", [path], max_error_fraction=0.001)
         assert [item.name for item in tmp_path.iterdir()] == ["input.jsonl"]
 
@@ -135,8 +141,10 @@ class TestFormats:
         expected = one(tmp_path / "expected", [str(plain)])
         for name, path in forms.items():
             manifest = one(tmp_path / f"out_{name}", [path], text_documents="line")
-            assert (manifest.bin_sha256, manifest.idx_sha256) == (expected.bin_sha256, expected.idx_sha256), name
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(plain.read_bytes()))))  # type: ignore[arg-type]
+            assert (manifest.bin_sha256, manifest.idx_sha256) == (expected.bin_sha256, expected.idx_sha256), (
+                name
+            )
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(plain.read_bytes()))))
         manifest = one(tmp_path / "out_stdin", ["-"])
         assert (manifest.bin_sha256, manifest.idx_sha256) == (expected.bin_sha256, expected.idx_sha256)
         assert manifest.sources[0].size == plain.stat().st_size
@@ -182,19 +190,22 @@ class TestSubsets:
         }
         assert manifest == read_manifest(str(tmp_path / "out_text_document"))
 
-    def test_each_gets_its_pair_and_the_blend_names_all(self, write_jsonl: WriteJsonl, tmp_path: Path) -> None:
+    def test_each_gets_its_pair_and_the_blend_names_all(
+        self, write_jsonl: WriteJsonl, tmp_path: Path
+    ) -> None:
         path = write_jsonl(self.RECORDS)
         for workers in (1, 2):
             directory = tmp_path / str(workers)
-            manifests = run(
-                directory / "out", [path], split_by_subset=True, workers=workers, block_bytes=50
-            )
+            manifests = run(directory / "out", [path], split_by_subset=True, workers=workers, block_bytes=50)
             names = {"Pile-CC": "Pile-CC", "Wikipedia (en)": "Wikipedia_en", UNNAMED: "unnamed"}
             assert {manifest.subset: prefix for prefix, manifest in manifests.items()} == {
                 subset: str(directory / f"out_{name}_text_document") for subset, name in names.items()
             }
             pile = str(directory / "out_Pile-CC_text_document")
-            assert [read_document(pile, index).tolist() for index in (0, 1)] == [[1, 2, 3, 1000], [5, 6, 1000]]
+            assert [read_document(pile, index).tolist() for index in (0, 1)] == [
+                [1, 2, 3, 1000],
+                [5, 6, 1000],
+            ]
             assert all(manifest.records == manifest.documents for manifest in manifests.values())
             report = json.loads((directory / "out_text_subsets.json").read_text())
             assert report["records"] == 6 == report["documents"] + sum(report["skipped"].values())
@@ -272,11 +283,15 @@ nasty_lines = st.one_of(
     st.dictionaries(st.sampled_from(["text", "meta", "x"]), json_values, max_size=3).map(
         lambda record: json.dumps(record).encode("utf-8", "surrogatepass")
     ),
-    st.text(max_size=30).map(lambda text: json.dumps({"text": text}, ensure_ascii=False).encode("utf-8", "replace")),
+    st.text(max_size=30).map(
+        lambda text: json.dumps({"text": text}, ensure_ascii=False).encode("utf-8", "replace")
+    ),
 )
 
 
-@given(lines=st.lists(nasty_lines, min_size=1, max_size=30), ends=st.booleans(), block_bytes=st.integers(1, 200))
+@given(
+    lines=st.lists(nasty_lines, min_size=1, max_size=30), ends=st.booleans(), block_bytes=st.integers(1, 200)
+)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_line_is_accounted_for_and_every_text_read_back(
     tokenizer: Tokenizer,
@@ -296,7 +311,9 @@ def test_every_line_is_accounted_for_and_every_text_read_back(
         try:
             value = json.loads(line.decode("utf-8"))["text"]
             value = value if isinstance(value, list) else [value]
-            if any(value) and all(isinstance(text, str) and text.encode("utf-8") is not None for text in value):
+            if any(value) and all(
+                isinstance(text, str) and text.encode("utf-8") is not None for text in value
+            ):
                 texts.append(value)
         except (ValueError, KeyError, TypeError, RecursionError):
             continue

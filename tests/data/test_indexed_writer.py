@@ -59,7 +59,9 @@ def test_a_table_shorter_than_its_state_is_refused(tmp_path: Path, kind: str) ->
     state = write(tmp_path / "stem", 0, 3)
     path = working_file(tmp_path / "stem", kind)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ConfigError, match=f"stem.{kind} does not hold what the stopped run wrote: give --restart"):
+    with pytest.raises(
+        ConfigError, match=f"stem.{kind} does not hold what the stopped run wrote: give --restart"
+    ):
         IndexedWriter(tmp_path / "stem", "uint16", state)
 
 

@@ -68,18 +68,25 @@ def test_a_second_run_is_refused_and_a_dead_one_holds_nothing(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "7", '{"version": 1}', '{"version": 2, "arguments": {}, "progress": {}, "installing": false}'],
+    [
+        "",
+        "{",
+        "[]",
+        "7",
+        '{"version": 1}',
+        '{"version": 2, "arguments": {}, "progress": {}, "installing": false}',
+    ],
 )
 def test_a_journal_that_cannot_be_read_is_one_line(tmp_path: Path, content: str) -> None:
     with WorkingDirectory(str(tmp_path / "out")) as directory:
         (directory.path / "journal.json").write_text(content)
-        with pytest.raises(ConfigError, match="cannot go on from .*journal.json .*give --restart"):
+        with pytest.raises(ConfigError, match=r"cannot go on from .*journal.json .*give --restart"):
             directory.read_journal()
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot write .*File exists|cannot write .*Not a directory"):
+    with pytest.raises(ConfigError, match=r"cannot write .*File exists|cannot write .*Not a directory"):
         WorkingDirectory(str(tmp_path / "file" / "out"))
 
 

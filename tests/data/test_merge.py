@@ -85,7 +85,10 @@ def test_manifests_are_added_up(prefixes: list[str], tmp_path: Path) -> None:
     assert (summary.documents, summary.sequences, summary.tokens) == (7, 8, 13)
     assert (manifest.max_token_id, manifest.bytes, manifest.records, manifest.eod_in_text) == (30, 6, 12, 6)
     assert manifest.skipped == {"blank_line": 3, "reason_1": 2, "reason_2": 2, "reason_3": 2}
-    assert manifest.skipped_examples == (*(f"1:{line}" for line in range(6)), *(f"2:{line}" for line in range(4)))
+    assert manifest.skipped_examples == (
+        *(f"1:{line}" for line in range(6)),
+        *(f"2:{line}" for line in range(4)),
+    )
     assert [source.path for source in manifest.sources] == ["1.jsonl", "2.jsonl", "3.jsonl"]
     assert manifest.subsets["web"] == SubsetCount(3, 6, 9)
     assert set(manifest.subsets) == {"web", "own_1", "own_2", "own_3"}
@@ -116,7 +119,7 @@ def test_pairs_that_are_not_one_data_set_are_refused(
 
 def test_another_id_type_is_refused(prefixes: list[str], tmp_path: Path) -> None:
     write_with_ours(tmp_path / "wide", [[[1]]], "int32")
-    with pytest.raises(ConfigError, match="uint16 ids and .*wide int32"):
+    with pytest.raises(ConfigError, match=r"uint16 ids and .*wide int32"):
         merged([*prefixes, str(tmp_path / "wide")], tmp_path / "out")
 
 

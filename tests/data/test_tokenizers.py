@@ -43,7 +43,7 @@ def edited_directory(source: Path, target: Path, **changes: Any) -> Path:
 
 def test_importing_the_module_loads_no_tokenizer_library() -> None:
     script = (
-        "import sys, megatron_let.data.tokenizers, megatron_let.data.preprocess\n"
+        "import sys, megatron_let.data.tokenizers, megatron_let.data.encoding\n"
         "print([name for name in ('torch', 'transformers', 'tokenizers', 'sentencepiece') if name in sys.modules])"
     )
     result = subprocess.run(
@@ -188,7 +188,7 @@ def test_encoders_give_the_same_ids_after_a_trip_to_another_process(
         build_tokenizer(tokenizer_type="Llama2Tokenizer", tokenizer_model=str(sentencepiece_model)),
     ):
         travelled = pickle.loads(pickle.dumps(tokenizer.batch_encoder()))
-        assert travelled.encode_batch([TEXT, "b"]) == [tokenizer.tokenize(TEXT), tokenizer.tokenize("b")]
+        assert travelled.encode([TEXT, "b"]).to_lists() == [tokenizer.tokenize(TEXT), tokenizer.tokenize("b")]
     assert 0 not in huggingface(split).tokenize(TEXT)  # the marker in the text is not an end of document here
 
 

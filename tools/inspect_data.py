@@ -1,57 +1,119 @@
-"""Look into a pair of token files: check them, count, and read a document back.
+"""Look into a pair of token files: count, check everything, read a document back, add a manifest.
 
-    python tools/inspect_data.py data/pile_text_document --document 0
+    python tools/inspect_data.py data/pile_text_document                 # counts, lengths of documents, manifest
+    python tools/inspect_data.py data/pile_text_document --document 0    # ids and text of one document
+    python tools/inspect_data.py data/pile_text_document --verify        # every entry, every id, both checksums
+    python tools/inspect_data.py data/of_megatron --add-manifest --tokenizer-model tokenizers/smollm
 
-The tokenizer is the one that the manifest names, unless `--tokenizer-model` gives another.
+The tokenizer is the one that the manifest names, unless `--tokenizer-model` gives another. Files of Megatron-LM and
+GPT-NeoX have no manifest; `--add-manifest` checks them against a tokenizer and writes one, which training then uses.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_let.data.indexed import check_indexed, max_token_id, read_document
-from megatron_let.data.manifest import Manifest, read_manifest, require_manifest_of
-from megatron_let.data.preprocess import describe
-from megatron_let.data.tokenizers import Tokenizer, build_tokenizer
+from megatron_let.data.index_tables import open_tables
+from megatron_let.data.indexed import check_indexed, read_document
+from megatron_let.data.manifest import Manifest, manifest_path, read_manifest, require_manifest_of
+from megatron_let.data.statistics import length_statistics
+from megatron_let.data.tokenizers import TOKENIZER_TYPES, Tokenizer, build_tokenizer
+from megatron_let.data.verify import Expected, add_manifest, verify
 from megatron_let.errors import EXIT_DONE, ConfigError, LetError
 
 _SHOWN_IDS = 20
 
 
-def report(arguments: argparse.Namespace) -> list[str]:
-    """Return the lines to print. Raises ConfigError for a damaged pair or a missing tokenizer."""
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (--help lists the flags)")
+
+
+def report(arguments: argparse.Namespace) -> Iterator[str]:
+    """Yield the lines to print. Raises ConfigError for a damaged pair or a missing tokenizer."""
     prefix: str = arguments.prefix
+    if arguments.add_manifest:
+        yield from _added(prefix, _given_tokenizer(arguments))
+        return
     summary = check_indexed(prefix)
     manifest = read_manifest(prefix)
-    lines = [
+    yield (
         f"{prefix}: {summary.documents:,} documents, {summary.sequences:,} sequences, {summary.tokens:,} tokens, "
-        f"{summary.tokens / summary.documents:,.1f} tokens a document, {summary.dtype}",
-        f"largest token id: {max_token_id(prefix)}",
-    ]
-    if manifest is None:
-        lines.append("no manifest: the tokenizer is unknown")
-    else:
+        f"{summary.tokens / summary.documents:,.1f} tokens a document, {summary.dtype}"
+    )
+    if manifest is not None:
         require_manifest_of(manifest, summary)
-        lines.append(f"manifest: {describe(manifest, manifest.tokenizer_name)}")
-        lines.append(f"tokenizer fingerprint: {manifest.tokenizer_fingerprint}")
     if arguments.document is not None:
-        ids = read_document(prefix, arguments.document).tolist()
-        shown = " ".join(map(str, ids[:_SHOWN_IDS])) + (" ..." if len(ids) > _SHOWN_IDS else "")
-        lines.append(f"document {arguments.document}: {len(ids):,} tokens: {shown}")
-        lines.append(_tokenizer_of(arguments, manifest).detokenize(ids))
-    return lines
+        yield from _document(arguments, manifest)
+        return
+    yield from length_statistics(open_tables(prefix)).lines()
+    yield from _about(manifest)
+
+
+def verified(arguments: argparse.Namespace) -> Iterator[str]:
+    """Yield a line for each check. Raises ConfigError at the end when one has failed."""
+    prefix: str = arguments.prefix
+    expected = Expected(
+        manifest=read_manifest(prefix),
+        tokenizer=_given_tokenizer(arguments) if _is_tokenizer_given(arguments) else None,
+    )
+    failed, count = [], 0
+    for check in verify(prefix, expected, _say_on_stderr):
+        yield check.line()
+        count += 1
+        failed += [check.name] if check.problem is not None else []
+    if failed:
+        raise ConfigError(f"{prefix} failed {len(failed)} of {count} checks: {', '.join(failed)}")
+
+
+def _added(prefix: str, tokenizer: Tokenizer) -> Iterator[str]:
+    manifest = add_manifest(prefix, tokenizer, _say_on_stderr)
+    ends = "every document ends in eod" if manifest.append_eod else "not every document ends in eod"
+    yield f"{manifest_path(prefix)} written"
+    yield (
+        f"{manifest.documents:,} documents, {manifest.tokens:,} tokens, largest id {manifest.max_token_id} of "
+        f"{manifest.vocab_size} in {tokenizer.name}; {ends} ({manifest.eod})"
+    )
+
+
+def _about(manifest: Manifest | None) -> Iterator[str]:
+    """Yield what the manifest tells that the files do not."""
+    if manifest is None:
+        yield "no manifest: the tokenizer is unknown (--add-manifest writes one)"
+        return
+    yield (
+        f"tokenizer: {manifest.tokenizer_type} {manifest.tokenizer_name}, {manifest.vocab_size:,} ids, eod "
+        f"{manifest.eod} {'appended' if manifest.append_eod else 'not appended'}"
+    )
+    yield f"tokenizer fingerprint: {manifest.tokenizer_fingerprint}"
+    yield f"largest token id: {manifest.max_token_id}"
+    yield f"records skipped: {sum(manifest.skipped.values()):,}"
+    yield from (f"  {reason}: {count:,}" for reason, count in sorted(manifest.skipped.items()))
+    subsets = asdict(manifest).get("subsets") or {}
+    if subsets:
+        yield "subsets:"
+    yield from (f"  {name}: {account}" for name, account in sorted(subsets.items()))
+
+
+def _document(arguments: argparse.Namespace, manifest: Manifest | None) -> Iterator[str]:
+    ids = read_document(arguments.prefix, arguments.document).tolist()
+    shown = " ".join(map(str, ids[:_SHOWN_IDS])) + (" ..." if len(ids) > _SHOWN_IDS else "")
+    yield f"document {arguments.document}: {len(ids):,} tokens: {shown}"
+    yield _tokenizer_of(arguments, manifest).detokenize(ids)
 
 
 def _tokenizer_of(arguments: argparse.Namespace, manifest: Manifest | None) -> Tokenizer:
-    if arguments.tokenizer_model is not None:
-        return build_tokenizer(
-            tokenizer_type=arguments.tokenizer_type, tokenizer_model=arguments.tokenizer_model
-        )
+    if _is_tokenizer_given(arguments):
+        return _given_tokenizer(arguments)
     if manifest is None or manifest.tokenizer_type == "GPT2BPETokenizer":
         raise ConfigError(
             "--document needs --tokenizer-model: no manifest names a tokenizer that can be opened"
@@ -63,17 +125,50 @@ def _tokenizer_of(arguments: argparse.Namespace, manifest: Manifest | None) -> T
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit status; an error is one line on stderr."""
-    parser = argparse.ArgumentParser(
+def _is_tokenizer_given(arguments: argparse.Namespace) -> bool:
+    return arguments.tokenizer_model is not None or arguments.tokenizer_type is not None
+
+
+def _given_tokenizer(arguments: argparse.Namespace) -> Tokenizer:
+    return build_tokenizer(
+        tokenizer_type=arguments.tokenizer_type or "HuggingFaceTokenizer",
+        tokenizer_model=arguments.tokenizer_model,
+        vocab_file=arguments.vocab_file,
+        merge_file=arguments.merge_file,
+        vocab_size=arguments.vocab_size,
+    )
+
+
+def _say_on_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("prefix", help="path of the pair without .bin or .idx")
-    parser.add_argument("--document", type=int, help="show this document, from 0")
-    parser.add_argument("--tokenizer-type", default="HuggingFaceTokenizer", help="with --tokenizer-model")
-    parser.add_argument("--tokenizer-model", help="directory or .model file to decode with")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--document", type=int, metavar="I", help="show this document, from 0")
+    task.add_argument("--verify", action="store_true", help="check every entry, every id and both checksums")
+    task.add_argument(
+        "--add-manifest", action="store_true", help="write the manifest of files that another program made"
+    )
+    tokenizer = parser.add_argument_group("tokenizer, instead of the one in the manifest")
+    tokenizer.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: HuggingFaceTokenizer")
+    tokenizer.add_argument("--tokenizer-model", help="directory or .model file")
+    tokenizer.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
+    tokenizer.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
+    tokenizer.add_argument("--vocab-size", type=int, help="ids before eod of NullTokenizer")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit status; an error is one line on stderr."""
     try:
-        print("\n".join(report(parser.parse_args(argv))))
+        arguments = _parse(argv)
+        for line in verified(arguments) if arguments.verify else report(arguments):
+            print(line, flush=True)
     except LetError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

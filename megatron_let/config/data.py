@@ -21,6 +21,12 @@ class DataConfig:
     test_data_path: tuple[str, ...] | None = None
     """Like --data-path, for testing only."""
 
+    data_args_path: str | None = None
+    """File that holds what --data-path would be given, for a blend too long for a command line."""
+
+    per_split_data_args_path: str | None = None
+    """JSON file with train, valid and test, each what its --...-data-path would be given: a list or a string."""
+
     split: str | None = None
     """Shares of training, validation and test, such as 90,5,5. Default with --data-path: 969,30,1."""
 

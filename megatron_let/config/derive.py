@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_let.config.batches import batch_plan, virtual_pipeline_size
+from megatron_let.config.checks.rules import Packages
 from megatron_let.config.run_config import RunConfig
 from megatron_let.config.validate import validate
 
@@ -27,13 +28,13 @@ def derive(config: RunConfig, *, warn: Callable[[str], None]) -> RunConfig:
     return _derive_data(config)
 
 
-def resolve(config: RunConfig, world_size: int) -> RunConfig:
+def resolve(config: RunConfig, world_size: int, packages: Packages | None = None) -> RunConfig:
     """Return the settings of a run on `world_size` ranks, with the global batch size as a number.
 
-    Validates first, so what comes back is a run that can start. Raises ConfigError. LET's layer and S_stop stay as
-    given: on resume the checkpoint has a say in them.
+    Validates first, so what comes back is a run that can start; `packages` as there. Raises ConfigError. LET's layer
+    and S_stop stay as given: on resume the checkpoint has a say in them.
     """
-    validate(config, world_size)
+    validate(config, world_size, packages)
     return _replace(config, "training", global_batch_size=batch_plan(config, world_size).full)
 
 

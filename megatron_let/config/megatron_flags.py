@@ -141,11 +141,6 @@ REFUSED: tuple[FlagFamily, ...] = (
     FlagFamily(
         "Other name", "use --make-vocab-size-divisible-by", "--padded-vocab-size= --vocab-extra-ids=0"
     ),
-    FlagFamily(
-        "Other name",
-        "give the paths with --data-path or in --config",
-        "--data-args-path= --per-split-data-args-path=",
-    ),
     FlagFamily("Other name", "--exit-signal-handler waits for SIGTERM and SIGUSR1", "--exit-signal=SIGTERM"),
     FlagFamily("Other name", "use --load with --finetune", "--pretrained-checkpoint="),
     FlagFamily(

@@ -4,7 +4,7 @@ Layout of PREFIX.idx, little-endian, nothing aligned:
     9 bytes magic, u64 version (1), u8 id type, u64 S sequences, u64 D document bounds,
     i32 [S] lengths in tokens, i64 [S] byte offsets in .bin, i64 [D] first sequence of each document, last S.
 Source: the reader and writer in megatron.core.datasets.indexed_dataset; written here anew, and without
-multimodal modes. A loader that maps a damaged pair reads wrong tokens or dies far from the cause, hence the checks.
+multimodal modes. GPT-NeoX writes the same ("mmap"). A loader that maps a damaged pair reads wrong tokens or dies far from the cause, hence the checks.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from megatron_let.errors import ConfigError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
+OLD_MAGIC = b"TNTIDX\x00\x00"
 VERSION = 1
 LENGTH_BYTES, POINTER_BYTES, BOUND_BYTES = 4, 8, 8
 
@@ -43,24 +44,51 @@ class IndexedSummary:
 
 
 @dataclass(frozen=True)
-class _Header:
+class IndexHeader:
+    """What the first bytes of PREFIX.idx say."""
+
     dtype: str
     sequences: int
     bounds: int
+    """Entries of the table of documents: one more than documents."""
 
     @property
     def width(self) -> int:
+        """Return the bytes of one id."""
         return int(np.dtype(self.dtype).itemsize)
 
     @property
+    def pointers_at(self) -> int:
+        """Return where the table of byte offsets begins in PREFIX.idx."""
+        return HEADER.size + LENGTH_BYTES * self.sequences
+
+    @property
+    def bounds_at(self) -> int:
+        """Return where the table of documents begins in PREFIX.idx."""
+        return self.pointers_at + POINTER_BYTES * self.sequences
+
+    @property
     def index_size(self) -> int:
-        per_sequence = LENGTH_BYTES + POINTER_BYTES
-        return HEADER.size + per_sequence * self.sequences + BOUND_BYTES * self.bounds
+        """Return the bytes of the whole PREFIX.idx."""
+        return self.bounds_at + BOUND_BYTES * self.bounds
 
 
 def dtype_for_vocabulary(vocab_size: int) -> str:
     """Return the id type by Megatron's rule: uint16 below 65,500 ids, int32 from there on."""
     return "uint16" if vocab_size < 65500 else "int32"
+
+
+def read_header(prefix: str) -> IndexHeader:
+    """Return the header of PREFIX.idx, whose size is what the header asks for.
+
+    Raises:
+        ConfigError: a file of the pair is missing, or PREFIX.idx is no index or cut off.
+    """
+    index_path, _ = _require_files(prefix)
+    with index_path.open("rb") as stream:
+        header = _read_header(stream, index_path)
+    _check_index_size(header, index_path, index_path.stat().st_size)
+    return header
 
 
 def check_indexed(prefix: str) -> IndexedSummary:
@@ -69,11 +97,10 @@ def check_indexed(prefix: str) -> IndexedSummary:
     Raises:
         ConfigError: a file is missing, not an index, cut off, empty, or of another pair.
     """
-    index_path, data_path = _require_files(prefix)
-    index_size, data_size = index_path.stat().st_size, data_path.stat().st_size
+    header = read_header(prefix)
+    index_path, data_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    data_size = data_path.stat().st_size
     with index_path.open("rb") as stream:
-        header = _read_header(stream, index_path)
-        _check_index_size(header, index_path, index_size)
         if header.sequences == 0 or header.bounds < 2 or data_size == 0:
             raise ConfigError(f"{prefix} holds no tokens: the data set is empty")
         length, pointer, first_bound, last_bound = _read_ends(stream, header)
@@ -82,10 +109,10 @@ def check_indexed(prefix: str) -> IndexedSummary:
             f"{index_path} is damaged: its documents do not cover its {header.sequences} sequences"
         )
     expected = pointer + length * header.width
-    if length < 0 or pointer < 0 or expected != data_size:
+    if length < 0 or pointer < 0 or expected != data_size or data_size % header.width:
         cause = "cut off" if expected > data_size else "of another run"
         raise ConfigError(
-            f"{data_path} has {data_size} bytes but {index_path.name} describes {expected}: "
+            f"{data_path} has {data_size} bytes but {index_path.name} describes {expected} ({header.dtype} ids): "
             f"one of them is {cause}; preprocess the data again"
         )
     return IndexedSummary(
@@ -135,21 +162,24 @@ def read_document(prefix: str, document: int) -> Any:
     Raises:
         ConfigError: as check_indexed, or there is no such document.
     """
-    summary = check_indexed(prefix)
+    summary, header = check_indexed(prefix), read_header(prefix)
     if not 0 <= document < summary.documents:
         raise ConfigError(f"{prefix} has documents 0 to {summary.documents - 1}, not {document}")
-    pointers_at = HEADER.size + LENGTH_BYTES * summary.sequences
-    bounds_at = pointers_at + POINTER_BYTES * summary.sequences
-    width = np.dtype(summary.dtype).itemsize
+    size = summary.tokens * header.width
     with Path(f"{prefix}.idx").open("rb") as index, Path(f"{prefix}.bin").open("rb") as data:
-        first, last = _unpack(index, bounds_at + BOUND_BYTES * document, "<qq")
+        first, last = _unpack(index, header.bounds_at + BOUND_BYTES * document, "<qq")
+        if not 0 <= first <= last <= summary.sequences:
+            raise ConfigError(
+                f"{prefix}.idx is damaged: document {document} goes from sequence {first} to {last} of "
+                f"{summary.sequences}"
+            )
         if first == last:
             return np.empty(0, dtype=summary.dtype)
-        (begin,) = _unpack(index, pointers_at + POINTER_BYTES * first, "<q")
-        end = summary.tokens * width
+        (begin,) = _unpack(index, header.pointers_at + POINTER_BYTES * first, "<q")
+        end = size
         if last < summary.sequences:
-            (end,) = _unpack(index, pointers_at + POINTER_BYTES * last, "<q")
-        if not 0 <= begin <= end <= summary.tokens * width:
+            (end,) = _unpack(index, header.pointers_at + POINTER_BYTES * last, "<q")
+        if not 0 <= begin <= end <= size or (end - begin) % header.width:
             raise ConfigError(f"{prefix}.idx is damaged: document {document} spans bytes {begin} to {end}")
         data.seek(begin)
         return np.frombuffer(data.read(end - begin), dtype=summary.dtype)
@@ -165,8 +195,13 @@ def _require_files(prefix: str) -> tuple[Path, Path]:
     raise ConfigError(f"data set {prefix} has no {' and no '.join(missing)}: both files are needed")
 
 
-def _read_header(stream: BinaryIO, path: Path) -> _Header:
+def _read_header(stream: BinaryIO, path: Path) -> IndexHeader:
     content = stream.read(HEADER.size)
+    if content.startswith(OLD_MAGIC):
+        raise ConfigError(
+            f"{path} is of the old TNTIDX format (GPT-NeoX calls it lazy or cached), which is not supported: preprocess "
+            "the text again, or convert the files to the mmap format"
+        )
     if content[: len(MAGIC)] != MAGIC:
         raise ConfigError(f"{path} is not a Megatron index: wrong first bytes {content[: len(MAGIC)]!r}")
     if len(content) < HEADER.size:
@@ -176,10 +211,10 @@ def _read_header(stream: BinaryIO, path: Path) -> _Header:
         raise ConfigError(f"{path} has index version {version}, only {VERSION} is known")
     if code not in DTYPE_OF_CODE:
         raise ConfigError(f"{path} has id type code {code}, allowed are {sorted(DTYPE_OF_CODE)}")
-    return _Header(dtype=DTYPE_OF_CODE[code], sequences=sequences, bounds=bounds)
+    return IndexHeader(dtype=DTYPE_OF_CODE[code], sequences=sequences, bounds=bounds)
 
 
-def _check_index_size(header: _Header, path: Path, size: int) -> None:
+def _check_index_size(header: IndexHeader, path: Path, size: int) -> None:
     """Compare sizes before anything is read by count: a damaged header may claim 2^64 sequences."""
     if size == header.index_size:
         return
@@ -189,14 +224,12 @@ def _check_index_size(header: _Header, path: Path, size: int) -> None:
     raise ConfigError(f"{path} is {cause}: {size} bytes, its header asks for {header.index_size}")
 
 
-def _read_ends(stream: BinaryIO, header: _Header) -> tuple[int, int, int, int]:
+def _read_ends(stream: BinaryIO, header: IndexHeader) -> tuple[int, int, int, int]:
     """Return the last sequence's length and pointer, and the first and last document bound."""
-    pointers_at = HEADER.size + LENGTH_BYTES * header.sequences
-    bounds_at = pointers_at + POINTER_BYTES * header.sequences
-    (length,) = _unpack(stream, pointers_at - LENGTH_BYTES, "<i")
-    (pointer,) = _unpack(stream, bounds_at - POINTER_BYTES, "<q")
-    (first_bound,) = _unpack(stream, bounds_at, "<q")
-    (last_bound,) = _unpack(stream, bounds_at + BOUND_BYTES * (header.bounds - 1), "<q")
+    (length,) = _unpack(stream, header.pointers_at - LENGTH_BYTES, "<i")
+    (pointer,) = _unpack(stream, header.bounds_at - POINTER_BYTES, "<q")
+    (first_bound,) = _unpack(stream, header.bounds_at, "<q")
+    (last_bound,) = _unpack(stream, header.index_size - BOUND_BYTES, "<q")
     return length, pointer, first_bound, last_bound
 
 

@@ -5,23 +5,29 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pickle import UnpicklingError
 from typing import Any, NamedTuple, Protocol
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
 )
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.utils import get_blend_from_list
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_let.config.run_config import RunConfig
+from megatron_let.data.indexed import count_tokens
 from megatron_let.errors import ConfigError
+from megatron_let.mcore.index_cache import (
+    CachedBlendedDataset,
+    CachedDatasetBuilder,
+    CachedGPTDataset,
+    default_cache,
+)
 from megatron_let.mcore.parallel import ParallelContext
 
 Sample = dict[str, torch.Tensor]
@@ -105,6 +111,30 @@ def is_blended_by_size(config: RunConfig, split: str) -> bool:
     return len(prefixes) > 1 and weights is None
 
 
+def is_any_blend(config: RunConfig) -> bool:
+    """Return whether a split joins several data sets."""
+    return any(len(parts) > 1 for parts in split_parts(config).values())
+
+
+class DataUse(NamedTuple):
+    """What a split takes of one data set."""
+
+    prefix: str
+    samples: int
+    tokens: int
+    """Of one epoch: the data set's share in this split."""
+
+
+def data_use(dataset: Any, parts: Sequence[SplitPart], count: int) -> list[DataUse]:
+    """Return what the first `count` samples of a built split take of each data set; `parts` as split_parts gives them."""
+    taken = [count]
+    if isinstance(dataset, CachedBlendedDataset):
+        taken = np.bincount(dataset.dataset_index[:count], minlength=len(parts)).tolist()
+    return [
+        DataUse(part.prefix, samples, count_tokens(*part)) for part, samples in zip(parts, taken, strict=True)
+    ]
+
+
 def build_datasets(
     config: RunConfig, tokenizer: DataTokenizer, counts: SampleCounts, context: ParallelContext
 ) -> DataSplits:
@@ -113,9 +143,22 @@ def build_datasets(
     Raises:
         ConfigError: the data cannot be indexed, or give fewer samples than asked for.
     """
-    # Rank 0 first and by itself: megatron-core's builder holds the others at a barrier that a failure never reaches.
-    context.on_rank_0(lambda: _build_alone(config, tokenizer, counts))
-    train, valid, test = context.together(lambda: _build_splits(config, tokenizer, counts))
+    # Rank 0 first: the others then find its indices in the cache. (Where they do not, because the directory is not
+    # shared, each builds its own.) megatron-core's builder would hold them at a barrier that a failure never reaches.
+    first = context.together(
+        lambda: build_datasets_alone(config, tokenizer, counts) if context.rank == 0 else None
+    )
+    return context.together(lambda: first or build_datasets_alone(config, tokenizer, counts))
+
+
+def build_datasets_alone(config: RunConfig, tokenizer: DataTokenizer, counts: SampleCounts) -> DataSplits:
+    """Do the same on this process, whatever others do.
+
+    Raises:
+        ConfigError: as build_datasets.
+    """
+    with patch.object(dist, "is_initialized", lambda: False), patch.object(dist, "get_rank", lambda: 0):
+        train, valid, test = _build_splits(config, tokenizer, counts)
     for name, dataset, count in (
         ("training", train, counts.train),
         ("validation", valid, counts.valid),
@@ -127,11 +170,6 @@ def build_datasets(
     return DataSplits(train, valid, test)
 
 
-def _build_alone(config: RunConfig, tokenizer: DataTokenizer, counts: SampleCounts) -> None:
-    with patch.object(dist, "is_initialized", lambda: False):
-        _build_splits(config, tokenizer, counts)
-
-
 def _build_splits(config: RunConfig, tokenizer: DataTokenizer, counts: SampleCounts) -> list[Any]:
     core = _core_config(config, tokenizer)
     sizes = [counts.train, counts.valid, counts.test]
@@ -140,21 +178,14 @@ def _build_splits(config: RunConfig, tokenizer: DataTokenizer, counts: SampleCou
             core.blend_per_split[index] = None
         elif size == 0:
             core.split_matrix[index] = None
-    dataset_type = MockGPTDataset if config.data.mock_data else GPTDataset
+    dataset_type = MockGPTDataset if config.data.mock_data else CachedGPTDataset
     try:
-        return list(BlendedMegatronDatasetBuilder(dataset_type, sizes, lambda: True, core).build())
-    except OSError as problem:
-        where = problem.filename or config.data.data_cache_path or "beside the data"
-        raise ConfigError(
-            f"the index of the samples cannot be kept in {where}: {problem.strerror or problem}; give a writable "
-            "directory with --data-cache-path"
-        ) from problem
-    except (AssertionError, ValueError, IndexError, EOFError, MemoryError, UnpicklingError) as problem:
+        return list(CachedDatasetBuilder(dataset_type, sizes, lambda: True, core).build())
+    except (AssertionError, ValueError, IndexError, MemoryError) as problem:
         reason = " ".join(str(problem).split()) or type(problem).__name__
-        cache = config.data.data_cache_path or "cache/GPTDataset_indices beside the data"
         raise ConfigError(
-            f"the samples of {', '.join(data_prefixes(config)) or 'the mock data'} cannot be indexed: {reason}; if "
-            f"nothing is wrong with --data-path and the length of the run, delete {cache}"
+            f"the samples of {', '.join(data_prefixes(config)) or 'the mock data'} cannot be indexed: {reason}; check "
+            "--data-path and the length of the run"
         ) from problem
 
 
@@ -171,7 +202,8 @@ def _core_config(config: RunConfig, tokenizer: DataTokenizer) -> GPTDatasetConfi
         else None,
         split=None if has_per_split else data.split,
         num_dataset_builder_threads=data.num_dataset_builder_threads,
-        path_to_cache=data.data_cache_path,
+        # Made-up data are indexed in a moment.
+        path_to_cache=None if data.mock_data else data.data_cache_path,
         mmap_bin_files=data.mmap_bin_files,
         tokenizer=_CoreTokenizer(tokenizer.vocab_size, tokenizer.eod, tokenizer.unique_identifiers),
         # Masks and positions are made per microbatch on the device (batch.py), not per sample in the loader.
@@ -191,6 +223,12 @@ def _prefixes(paths: Sequence[str] | None) -> list[str]:
     """Return the prefixes of a blend, weights left out."""
     blend = get_blend_from_list(list(paths)) if paths else None
     return list(blend[0]) if blend else []
+
+
+def cache_directories(config: RunConfig) -> list[str]:
+    """Return where the sample indices of a run are kept."""
+    place = config.data.data_cache_path
+    return [default_cache(prefix) for prefix in data_prefixes(config)] if place is None else [place]
 
 
 def data_prefixes(config: RunConfig) -> list[str]:

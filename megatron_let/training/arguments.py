@@ -21,6 +21,7 @@ from megatron_let.config.command_line import (
     values_of_mapping,
     values_of_occurrences,
 )
+from megatron_let.config.data_files import with_data_files
 from megatron_let.config.derive import derive
 from megatron_let.config.megatron_flags import REFUSED, WITHOUT_EFFECT, family_of, is_foreign
 from megatron_let.config.run_config import RunConfig, all_settings
@@ -39,6 +40,10 @@ ALTERNATIVES = tuple(
         "lr_warmup_iters lr_warmup_samples lr_warmup_fraction",
         "num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank",
         "let_stop_iters let_stop_fraction",
+        "data_path data_args_path",
+        "train_data_path per_split_data_args_path",
+        "valid_data_path per_split_data_args_path",
+        "test_data_path per_split_data_args_path",
     )
 )
 """Ways to say the same thing: one on the command line replaces another in the file."""
@@ -68,7 +73,7 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
     in_file = values_of_mapping(own_lines, settings)
     values.update({name: value for name, value in in_file.items() if name not in replaced})
     values.update(typed)
-    return derive(RunConfig.from_values(values, CORE_SECTIONS), warn=LOGGER.warning)
+    return derive(RunConfig.from_values(with_data_files(values), CORE_SECTIONS), warn=LOGGER.warning)
 
 
 def save_directory_of(argv: Sequence[str]) -> str | None:

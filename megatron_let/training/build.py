@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from megatron_let.config.batches import batch_plan, padded_vocab_size, train_iterations
 from megatron_let.config.run_config import RunConfig
-from megatron_let.data.tokenizers import Tokenizer, build_tokenizer
-from megatron_let.errors import ConfigError
 from megatron_let.log import LOGGER
 from megatron_let.mcore.checkpoint import Parts
-from megatron_let.mcore.datasets import SampleCounts, build_datasets
+from megatron_let.mcore.datasets import build_datasets
 from megatron_let.mcore.kernel_checks import check_kernels
 from megatron_let.mcore.model import build_student
 from megatron_let.mcore.optimizer import build_lr_scheduler, build_optimizer
@@ -21,6 +19,7 @@ from megatron_let.training.alignment import build_alignment
 from megatron_let.training.checkpoint_choice import check_same_model, choose_checkpoint, read_run
 from megatron_let.training.checkpoints import TokenizerRecord, load_checkpoint
 from megatron_let.training.data_checks import check_data
+from megatron_let.training.data_needs import build_run_tokenizer, sample_counts
 from megatron_let.training.forward_step import ForwardStep
 from megatron_let.training.let_record import record_of_run
 from megatron_let.training.report import build_reporter
@@ -41,7 +40,7 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
     LOGGER.info(config.to_yaml())
     check_kernels(config, is_on_gpu=context.is_on_gpu)
     check_save_directory(config, context)
-    tokenizer = context.together(lambda: _tokenizer(config))
+    tokenizer = context.together(lambda: build_run_tokenizer(config))
     remembered = TokenizerRecord(tokenizer.vocab_size, tokenizer.fingerprint)
     total_iterations = train_iterations(config, context.world_size)
     directory = choose_checkpoint(config, context)
@@ -53,7 +52,7 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
     is_guided = let_record is not None and let_record.schedule().is_active_at(completed)
     needs_teacher = is_guided and not config.validation.skip_train
     check_data(config, tokenizer, context, needs_teacher=needs_teacher)
-    counts = usable_counts(config, _sample_counts(config, total_iterations), context)
+    counts = usable_counts(config, sample_counts(config, total_iterations), context)
     data = build_datasets(config, tokenizer, counts, context)
     padded = padded_vocab_size(
         tokenizer.vocab_size, config.model.make_vocab_size_divisible_by, context.tp_size
@@ -90,26 +89,3 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
         total_iterations=total_iterations,
     )
     return Trainer(run, state, stop)
-
-
-def _tokenizer(config: RunConfig) -> Tokenizer:
-    given = config.tokenizer
-    tokenizer = build_tokenizer(
-        tokenizer_type=given.tokenizer_type,
-        tokenizer_model=given.tokenizer_model,
-        vocab_file=given.vocab_file,
-        merge_file=given.merge_file,
-        vocab_size=config.model.vocab_size,
-    )
-    stated = config.model.vocab_size
-    if given.tokenizer_type != "NullTokenizer" and stated is not None and stated != tokenizer.vocab_size:
-        raise ConfigError(
-            f"--vocab-size {stated}: tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids; leave the flag out"
-        )
-    return tokenizer
-
-
-def _sample_counts(config: RunConfig, total_iterations: int) -> SampleCounts:
-    evaluated = config.validation.eval_iters * config.training.global_batch_size
-    train = config.training.train_samples or total_iterations * config.training.global_batch_size
-    return SampleCounts(train=train, valid=evaluated, test=evaluated)

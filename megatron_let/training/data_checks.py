@@ -29,12 +29,16 @@ def check_data(
     Raises:
         ConfigError: a damaged data set, an id outside the vocabulary, or tokenizers that differ.
     """
-    for warning in context.on_rank_0(lambda: _check_all(config, tokenizer, needs_teacher=needs_teacher)):
+    for warning in context.on_rank_0(lambda: data_warnings(config, tokenizer, needs_teacher=needs_teacher)):
         LOGGER.warning(warning)
 
 
-def _check_all(config: RunConfig, tokenizer: Tokenizer, *, needs_teacher: bool) -> list[str]:
-    """Check every data set and the teacher's tokenizer; return the warnings, each once."""
+def data_warnings(config: RunConfig, tokenizer: Tokenizer, *, needs_teacher: bool) -> list[str]:
+    """Do the same on this process alone; return the warnings, each once.
+
+    Raises:
+        ConfigError: as check_data.
+    """
     warnings = [_check_prefix(prefix, tokenizer) for prefix in data_prefixes(config)]
     if needs_teacher:
         check_teacher(config, num_ids=tokenizer.vocab_size)

@@ -28,10 +28,15 @@ def usable_counts(config: RunConfig, counts: SampleCounts, context: ParallelCont
     Raises:
         ConfigError: such a split holds too little.
     """
-    return context.on_rank_0(lambda: _usable_counts(config, counts))
+    return context.on_rank_0(lambda: usable_counts_alone(config, counts))
 
 
-def _usable_counts(config: RunConfig, counts: SampleCounts) -> SampleCounts:
+def usable_counts_alone(config: RunConfig, counts: SampleCounts) -> SampleCounts:
+    """Do the same on this process alone.
+
+    Raises:
+        ConfigError: as usable_counts.
+    """
     if config.data.mock_data:
         return counts
     problem = _problem(config, "training", counts.train)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_let.data import indexed_writer
 from megatron_let.data.indexed import check_indexed, dtype_for_vocabulary, max_token_id, read_document
 from megatron_let.data.indexed_writer import write_pair
 from megatron_let.errors import ConfigError
-
-Documents = list[list[list[int]]]
+from tests.data.foreign import Documents, edit_index, write_with_core
 
 DOCUMENTS: Documents = [[[1, 2, 3]], [[4], [5, 6]], [[7]]]
-
-
-def write_with_core(prefix: Path, documents: Documents, dtype: str, multimodal: bool = False) -> None:
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=getattr(np, dtype), multimodal=multimodal)
-    for sequences in documents:
-        ids = [token_id for sequence in sequences for token_id in sequence]
-        lengths = [len(sequence) for sequence in sequences]
-        # A list, because core adds modes as `[0] * lengths` when none are given.
-        builder.add_document(ids, lengths, [0] * len(lengths))
-    builder.finalize(f"{prefix}.idx")
 
 
 def write_with_ours(prefix: Path, documents: Documents, dtype: str, per_call: int = 2) -> None:
@@ -119,13 +107,6 @@ def test_the_largest_id_is_found_in_any_block_and_a_negative_one_is_an_error(
         max_token_id(str(tmp_path / "negative"))
 
 
-def edit_index(prefix: Path, offset: int, layout: str, value: Any) -> None:
-    path = Path(f"{prefix}.idx")
-    content = bytearray(path.read_bytes())
-    struct.pack_into(layout, content, offset, value)
-    path.write_bytes(content)
-
-
 def message_for(prefix: Path | str) -> str:
     with pytest.raises(ConfigError) as caught:
         check_indexed(str(prefix))
@@ -169,7 +150,7 @@ def test_every_cut_of_the_data_is_found(pair: Path) -> None:
     ("offset", "layout", "value", "message"),
     [
         (0, "<B", 0, "not a Megatron index"),
-        (0, "<6s", b"TNTIDX", "not a Megatron index"),
+        (0, "<8s", b"TNTIDX\x00\x00", "old TNTIDX format"),
         (9, "<Q", 2, "index version 2"),
         (17, "<B", 6, "id type code 6"),
         (17, "<B", 99, "id type code 99"),
@@ -209,9 +190,25 @@ def test_an_empty_data_set_and_a_multimodal_one_are_refused(tmp_path: Path) -> N
 def test_a_document_that_is_not_there_and_a_damaged_pointer_are_errors(pair: Path) -> None:
     with pytest.raises(ConfigError, match="documents 0 to 2, not 3"):
         read_document(str(pair), 3)
+    with pytest.raises(ConfigError, match="documents 0 to 2, not -1"):
+        read_document(str(pair), -1)
     edit_index(pair, 34 + 4 * 4 + 8 * 1, "<q", 10**9)
     with pytest.raises(ConfigError, match="document 1 spans bytes"):
         read_document(str(pair), 1)
+    edit_index(pair, 34 + 4 * 4 + 8 * 1, "<q", 7)
+    with pytest.raises(ConfigError, match="document 1 spans bytes 7 to 12"):
+        read_document(str(pair), 1)
+    for bound in (10**18, -1):
+        edit_index(pair, 34 + 12 * 4 + 8 * 1, "<q", bound)
+        with pytest.raises(ConfigError, match="document 1 goes from sequence"):
+            read_document(str(pair), 1)
+
+
+def test_a_file_of_half_an_id_is_no_whole_pair(pair: Path) -> None:
+    edit_index(pair, 34 + 4 * 4 + 8 * 3, "<q", 13)
+    with Path(f"{pair}.bin").open("ab") as stream:
+        stream.write(b"\0")
+    assert "of another run" in message_for(pair)
 
 
 def test_a_failed_write_leaves_the_old_pair_and_no_litter(pair: Path) -> None:

@@ -88,7 +88,7 @@ class Tokenizer:
     )
 
 
-def config_of(prefix: Path, **flags: Any) -> Any:
+def config_of(prefix: Any, **flags: Any) -> Any:
     changes = {f"--{name.replace('_', '-')}": value for name, value in flags.items()}
     words = arguments(TINY_STUDENT, {"--data-path": prefix, "--micro-batch-size": 2, **changes})
     return resolve(parse_arguments(words), 1)

@@ -12,14 +12,8 @@ from typing import Any
 import numpy as np
 
 from megatron_let import __version__
-from megatron_let.data.indexed import (
-    BOUND_BYTES,
-    HEADER,
-    LENGTH_BYTES,
-    POINTER_BYTES,
-    IndexedSummary,
-    check_indexed,
-)
+from megatron_let.data.index_tables import CHUNK, IndexTables, open_tables
+from megatron_let.data.indexed import IndexedSummary, check_indexed
 from megatron_let.data.indexed_writer import IndexedWriter, install_pair
 from megatron_let.data.journal import WorkingDirectory
 from megatron_let.data.manifest import (
@@ -32,7 +26,6 @@ from megatron_let.data.manifest import (
 from megatron_let.errors import ConfigError, LetError
 
 _CHUNK_BYTES = 1 << 24
-_CHUNK_ENTRIES = 1 << 21
 _MAX_EXAMPLES = 10
 
 
@@ -139,10 +132,10 @@ def _check_same(summaries: Sequence[IndexedSummary], manifests: Sequence[Manifes
 
 def _append(writer: IndexedWriter, summary: IndexedSummary, bin_sha256: str) -> None:
     """Append one pair: bounds, lengths, then tokens, each in pieces."""
-    tables = _Tables(summary)
-    for bounds in tables.bounds():
+    tables = open_tables(summary.prefix)
+    for bounds in _bounds(tables):
         writer.add_bounds(bounds)
-    for lengths in tables.lengths():
+    for lengths in _lengths(tables):
         writer.add_lengths(lengths)
     digest = hashlib.sha256()
     with Path(f"{summary.prefix}.bin").open("rb") as stream:
@@ -155,43 +148,30 @@ def _append(writer: IndexedWriter, summary: IndexedSummary, bin_sha256: str) -> 
         )
 
 
-class _Tables:
-    """The tables of one index, read in pieces and checked on the way."""
+def _bounds(tables: IndexTables) -> Iterator[Any]:
+    """Yield int64 [n]: the sequence behind each document's last."""
+    last = 0
+    for first in range(1, tables.header.bounds, CHUNK):
+        bounds = np.array(tables.bounds[first : first + CHUNK])
+        if (np.diff(bounds, prepend=last) < 0).any():
+            raise ConfigError(f"{tables.prefix}.idx: documents are out of order; preprocess the data again")
+        last = int(bounds[-1])
+        yield bounds
 
-    def __init__(self, summary: IndexedSummary) -> None:
-        self._summary = summary
-        self._path = f"{summary.prefix}.idx"
-        self._pointers_at = HEADER.size + LENGTH_BYTES * summary.sequences
-        self._bounds_at = self._pointers_at + POINTER_BYTES * summary.sequences
 
-    def lengths(self) -> Iterator[Any]:
-        """Yield int32 [n] lengths; the sequences must lie back to back from the first byte of .bin on."""
-        width, expected = np.dtype(self._summary.dtype).itemsize, 0
-        lengths = self._pieces(HEADER.size, np.dtype("<i4"), self._summary.sequences)
-        pointers = self._pieces(self._pointers_at, np.dtype("<i8"), self._summary.sequences)
-        for length, pointer in zip(lengths, pointers, strict=True):
-            ends = expected + np.cumsum(length, dtype=np.int64) * width
-            if (length < 0).any() or pointer[0] != expected or (pointer[1:] != ends[:-1]).any():
-                raise ConfigError(
-                    f"{self._path}: sequences do not lie back to back; preprocess the data again"
-                )
-            expected = int(ends[-1])
-            yield length
-
-    def bounds(self) -> Iterator[Any]:
-        """Yield int64 [n]: the sequence behind each document's last."""
-        last = 0
-        first_bound_at = self._bounds_at + BOUND_BYTES
-        for bounds in self._pieces(first_bound_at, np.dtype("<i8"), self._summary.documents):
-            if bounds[0] < last or (np.diff(bounds) < 0).any():
-                raise ConfigError(f"{self._path}: documents are out of order; preprocess the data again")
-            last = int(bounds[-1])
-            yield bounds
-
-    def _pieces(self, offset: int, dtype: Any, count: int) -> Iterator[Any]:
-        for begin in range(0, count, _CHUNK_ENTRIES):
-            size = min(_CHUNK_ENTRIES, count - begin)
-            yield np.fromfile(self._path, dtype, size, offset=offset + begin * dtype.itemsize)
+def _lengths(tables: IndexTables) -> Iterator[Any]:
+    """Yield int32 [n] lengths; the sequences must lie back to back from the first byte of .bin on."""
+    expected = 0
+    for first in range(0, tables.header.sequences, CHUNK):
+        lengths = np.array(tables.lengths[first : first + CHUNK])
+        pointers = np.array(tables.pointers[first : first + CHUNK])
+        ends = expected + np.cumsum(lengths, dtype=np.int64) * tables.header.width
+        if (lengths < 0).any() or pointers[0] != expected or (pointers[1:] != ends[:-1]).any():
+            raise ConfigError(
+                f"{tables.prefix}.idx: sequences do not lie back to back; preprocess the data again"
+            )
+        expected = int(ends[-1])
+        yield lengths
 
 
 def _merged_manifest(manifests: Sequence[Manifest], digests: tuple[str, str]) -> Manifest:

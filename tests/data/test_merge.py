@@ -52,7 +52,7 @@ def test_the_bytes_are_those_of_megatron_core(
     prefixes: list[str], tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merge_module, "_CHUNK_BYTES", 2 * chunk)
-    monkeypatch.setattr(merge_module, "_CHUNK_ENTRIES", chunk)
+    monkeypatch.setattr(merge_module, "CHUNK", chunk)
     builder = IndexedDatasetBuilder(str(tmp_path / "core.bin"), dtype=np.uint16)
     for prefix in prefixes:
         builder.add_index(prefix)

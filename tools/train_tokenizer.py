@@ -19,8 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_let.data.records import RejectedRecord, parse_line, texts_of, utf8_size
-from megatron_let.data.sources import find_sources, lines_of, read_blocks
+from megatron_let.data.records import RejectedRecord, records_of, utf8_size
+from megatron_let.data.sources import find_sources, read_blocks
 from megatron_let.errors import EXIT_DONE, ConfigError, LetError
 
 _NUM_BYTES = 256
@@ -30,9 +30,9 @@ def read_texts(inputs: Sequence[str], json_key: str, skipped: Counter[str]) -> I
     """Yield every usable text of the files; count the others in `skipped` by reason."""
     for source in find_sources(inputs):
         for block in read_blocks(source.path):
-            for line in lines_of(block):
+            for record in records_of(block, text_key=json_key):
                 try:
-                    texts = texts_of(parse_line(line), json_key)
+                    texts = record.take_texts(json_key)
                     utf8_size(texts)
                 except RejectedRecord as rejected:
                     skipped[rejected.reason] += 1

@@ -35,7 +35,7 @@ def read_texts(inputs: Sequence[str], json_key: str, skipped: Counter[str]) -> I
         for block in read_blocks(source, rules):
             for record in records_of(block, text_key=json_key):
                 try:
-                    texts = record.texts(json_key)
+                    texts = record.take_texts(json_key)
                     utf8_size(texts)
                 except RejectedRecord as rejected:
                     skipped[rejected.reason] += 1

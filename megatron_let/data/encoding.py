@@ -85,10 +85,12 @@ def encode_block(block: Block, rules: EncodingRules, encoder: BatchEncoder) -> E
     records = list(
         records_of(block, text_key=rules.json_keys[0], replace_invalid_utf8=rules.replace_invalid_utf8)
     )
+    path = tuple(rules.subset_key.split("."))
+    subsets = [subset_of(record.values, path) for record in records]
     parts: list[EncodedPart] = []
     skipped: dict[str, tuple[Skipped, ...]] = {}
     for key in rules.json_keys:
-        key_parts, key_skipped = _encode_key(records, key, rules, encoder)
+        key_parts, key_skipped = _encode_key(records, subsets, key, rules, encoder)
         num_documents = sum(part.num_documents for part in key_parts)
         assert len(records) == num_documents + len(key_skipped), f"{block.path}: a record is unaccounted for"
         parts += key_parts
@@ -105,12 +107,14 @@ def encode_block(block: Block, rules: EncodingRules, encoder: BatchEncoder) -> E
 
 
 def _encode_key(
-    records: Sequence[Record], key: str, rules: EncodingRules, encoder: BatchEncoder
+    records: Sequence[Record], subsets: Sequence[str], key: str, rules: EncodingRules, encoder: BatchEncoder
 ) -> tuple[list[EncodedPart], list[Skipped]]:
-    documents, skipped = _documents_of(records, key, rules)
+    documents, skipped = _documents_of(records, subsets, key)
     if rules.split_by_subset:  # a stable order: each subset in one piece, its documents as they came
         documents.sort(key=attrgetter("subset"))
     documents, encoded, refused = _encode_documents(documents, encoder)
+    for document in documents:  # a huge text is gone before its tokens are copied
+        document.texts.clear()
     skipped += [Skipped(document.record, document.byte, NOT_ENCODABLE) for document in refused]
     packing_rules = PackingRules(rules.dtype, rules.append_eod, rules.eod)
     parts: list[EncodedPart] = []
@@ -123,16 +127,17 @@ def _encode_key(
 
 
 def _documents_of(
-    records: Sequence[Record], key: str, rules: EncodingRules
+    records: Sequence[Record], subsets: Sequence[str], key: str
 ) -> tuple[list[Document], list[Skipped]]:
-    path = tuple(rules.subset_key.split("."))
+    """Move the texts under `key` from the records into documents."""
     documents: list[Document] = []
     skipped: list[Skipped] = []
-    for record in records:
+    for record, subset in zip(records, subsets, strict=True):
         try:
-            texts = record.texts(key)
-            subset = subset_of(record.values, path)
-            documents.append(Document(record.number, record.byte, texts, utf8_size(texts), subset))
+            texts = record.take_texts(key)
+            documents.append(
+                Document(record.number, record.byte, texts, len(texts), utf8_size(texts), subset)
+            )
         except RejectedRecord as rejected:
             skipped.append(Skipped(record.number, record.byte, rejected.reason))
     return documents, skipped
@@ -169,7 +174,7 @@ def _groups(
     first_text, first_token = 0, 0
     for subset, members in groupby(documents, key=attrgetter("subset")):
         group = list(members)
-        lengths = encoded.lengths[first_text : first_text + sum(len(item.texts) for item in group)]
+        lengths = encoded.lengths[first_text : first_text + sum(item.num_texts for item in group)]
         num_tokens = int(lengths.sum())
         yield subset, group, EncodedTexts(encoded.ids[first_token : first_token + num_tokens], lengths)
         first_text, first_token = first_text + len(lengths), first_token + num_tokens

@@ -25,6 +25,8 @@ ENCODERS = ("auto", "plain", "fast")
 CHECKED_SHARE = 0.001
 # Longer texts are checked in a piece of this many characters.
 _CHECKED_CHARACTERS = 1 << 14
+# Between the places that are checked, so that they are not always the first ones; a prime, to reach all.
+_STRIDE = 7919
 _SHOWN_CHARACTERS = 60
 # gigatoken remembers every word it has seen. Each so many characters the memory is looked at, and the words are
 # forgotten when they have taken this much; without a look at it, each so many characters.
@@ -89,24 +91,23 @@ class GigatokenEncoder(BatchEncoder):
         self._bytes_at_start = _resident_bytes()
 
     def _check_share(self, texts: Sequence[str], encoded: EncodedTexts, num_characters: int) -> None:
-        """Encode one of the texts again whenever the share checked so far has fallen behind."""
+        """Encode some of the texts again until the share checked so far is no longer behind."""
         self._credit += self.checked_share * num_characters
-        if self._credit <= 0 or not num_characters:
-            return
-        self._num_checked += 1
-        index = self._num_checked * 7919 % len(texts)  # a prime: not always a batch's first text
-        text = texts[index]
-        if len(text) <= _CHECKED_CHARACTERS:
-            start = int(encoded.lengths[:index].sum())
-            ids = encoded.ids[start : start + int(encoded.lengths[index])].tolist()
-        else:
-            start = self._num_checked * 7919 % (len(text) - _CHECKED_CHARACTERS)
-            text = text[start : start + _CHECKED_CHARACTERS]
-            ids = self.encode_unchecked([text]).ids.tolist()
-        self._credit -= len(text)
-        difference = _difference(text, ids, self.reference.encode([text]).ids.tolist())
-        if difference:
-            raise _failure(f"gigatoken differs from the tokenizer: {difference}")
+        while self._credit > 0 and num_characters:
+            self._num_checked += 1
+            index = self._num_checked * _STRIDE % len(texts)
+            text = texts[index]
+            if len(text) <= _CHECKED_CHARACTERS:
+                start = int(encoded.lengths[:index].sum())
+                ids = encoded.ids[start : start + int(encoded.lengths[index])].tolist()
+            else:
+                start = self._num_checked * _STRIDE % (len(text) - _CHECKED_CHARACTERS)
+                text = text[start : start + _CHECKED_CHARACTERS]
+                ids = self.encode_unchecked([text]).ids.tolist()
+            self._credit -= max(len(text), 1)
+            difference = _difference(text, ids, self.reference.encode([text]).ids.tolist())
+            if difference:
+                raise _failure(f"gigatoken differs from the tokenizer: {difference}")
 
     def _bound_memory(self, num_characters: int) -> None:
         self._characters_since_start += num_characters

@@ -26,6 +26,8 @@ class Document(NamedTuple):
     record: int
     byte: int
     texts: list[str]
+    """Emptied once they are encoded."""
+    num_texts: int
     num_bytes: int
     """UTF-8 size of the texts."""
     subset: str
@@ -114,7 +116,7 @@ def pack(
 
 def _sequences_of_each(documents: Sequence[Document], lengths: _IntArray) -> _IntArray:
     """Return how many texts of each document have tokens."""
-    num_texts = np.fromiter((len(document.texts) for document in documents), np.int64, len(documents))
+    num_texts = np.fromiter((document.num_texts for document in documents), np.int64, len(documents))
     assert int(num_texts.sum()) == len(lengths), "one length for each text"
     document_of_text = np.repeat(np.arange(len(documents)), num_texts)
     return np.bincount(document_of_text[lengths > 0], minlength=len(documents))

@@ -226,7 +226,7 @@ def _texts_in(block: Block, rules: EncodingRules) -> list[str]:
     for record in records_of(block, text_key=rules.json_keys[0]):
         for key in rules.json_keys:
             with suppress(RejectedRecord):
-                texts = record.texts(key)
+                texts = record.take_texts(key)
                 utf8_size(texts)
                 found += texts
     return found

@@ -55,15 +55,21 @@ class Record(NamedTuple):
     number: int
     byte: int
     """Where it begins in its source's content."""
-    values: Mapping[str, Any]
+    values: dict[str, Any]
     rejection: str
     """The reason, empty for a usable record."""
 
-    def texts(self, key: str) -> list[str]:
-        """Return the document under `key`. Raises RejectedRecord."""
+    def take_texts(self, key: str) -> list[str]:
+        """Return the document under `key` and forget it here: a huge text is then held by the caller alone.
+
+        Raises:
+            RejectedRecord: there is none, see `texts_of`.
+        """
         if self.rejection:
             raise RejectedRecord(self.rejection)
-        return texts_of(self.values, key)
+        texts = texts_of(self.values, key)
+        del self.values[key]
+        return texts
 
 
 def records_of(block: Block, *, text_key: str, replace_invalid_utf8: bool = False) -> Iterator[Record]:

@@ -172,12 +172,12 @@ def test_invalid_utf8_can_be_replaced_instead_of_rejected() -> None:
         records.INVALID_JSON,
         records.TRUNCATED_LAST_LINE,
     ]
-    assert replaced[0].texts("text") == ["a\ufffdb\ufffd\ufffd\ufffd"]
+    assert replaced[0].take_texts("text") == ["a\ufffdb\ufffd\ufffd\ufffd"]
 
 
 def texts_and_reasons(block: Block, *, replace: bool = False) -> list[tuple[int, str]]:
     return [
-        (record.number, record.rejection or record.texts("key")[0])
+        (record.number, record.rejection or record.take_texts("key")[0])
         for record in records_of(block, text_key="key", replace_invalid_utf8=replace)
     ]
 

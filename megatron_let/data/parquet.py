@@ -87,7 +87,7 @@ def _blocks(
 
 def _lines(name: str, file: Any, rules: InputRules, skip: int) -> Iterator[bytes]:
     """Yield the rows after the first `skip` as JSON lines, their newlines included."""
-    columns = [column for column in dict.fromkeys(rules.columns) if column in file.schema_arrow.names]
+    columns = [column for column in rules.columns if column in file.schema_arrow.names]
     groups, skip = _groups_after(file.metadata, skip)
     with _damage_named(name):
         batches = file.iter_batches(
@@ -134,7 +134,7 @@ def _values(array: Any) -> list[Any]:
 
     kind = array.type.value_type if types.is_dictionary(array.type) else array.type
     if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
-        return array.cast(kind).cast(pyarrow.large_binary()).to_pylist()
+        return array.cast(pyarrow.large_binary()).to_pylist()
     if types.is_temporal(kind):
         return array.cast(pyarrow.string()).to_pylist()
     try:

@@ -56,9 +56,14 @@ class RawStream:
             ConfigError: it cannot be read, differs from what an earlier run had read, or changes its size meanwhile.
         """
         try:
-            piece = self._stream.read(self._read_bytes)
+            piece: bytes | None = self._stream.read(self._read_bytes)
         except OSError as error:
             raise ConfigError(f"cannot read input {self.name}: {error.strerror}") from error
+        if piece is None:
+            raise ConfigError(
+                f"input {self.name} does not wait for its writer, so its end cannot be told from a pause (O_NONBLOCK): "
+                "put `cat |` before the program"
+            )
         if piece:
             self._add(piece)
         elif not self.is_verified:

@@ -122,6 +122,13 @@ def test_garbage_behind_compressed_data_is_an_error(kind: str, garbage: bytes) -
         read(WHOLE[kind] + garbage)
 
 
+def test_garbage_is_named_with_its_place() -> None:
+    with pytest.raises(
+        ConfigError, match=f"damaged near byte {len(WHOLE['zstd']) + 4}: what follows the last"
+    ):
+        read(WHOLE["zstd"] + b"garbage")
+
+
 def test_a_zstd_block_above_the_formats_limit_is_an_error() -> None:
     header = b"\x28\xb5\x2f\xfd\x00\x88"
     for block_type in (0, 1, 2):

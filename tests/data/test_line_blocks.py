@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import tracemalloc
 
 import pytest
@@ -86,6 +87,13 @@ def test_a_long_line_costs_memory_once_and_one_above_the_limit_little() -> None:
         assert tracemalloc.get_traced_memory()[1] < 3_000_000
     finally:
         tracemalloc.stop()
+
+
+def test_the_time_for_a_long_line_grows_with_its_length_only() -> None:
+    before = time.process_time()
+    (piece,) = cut_lines((b"x" * 999 + b"y" for _ in range(30_000)), 1000, 40_000_000)
+    assert len(piece.content) == 30_000_000
+    assert time.process_time() - before < 2  # 0.02 s; a join for every chunk would copy 450 GB
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(30, True), (29, False)])

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -111,9 +112,10 @@ def test_going_on_with_other_block_and_read_sizes_is_right_too(tmp_path: Path, c
     blocks = list(read_blocks(source, InputRules(block_bytes=5000), read_bytes=70_000))
     middle = blocks[len(blocks) // 2].end
     for block_bytes in (100, 1 << 20):
-        rest = list(read_blocks(source, InputRules(block_bytes=block_bytes), middle, read_bytes=1000))
+        rest = list(read_blocks(source, InputRules(block_bytes=block_bytes), middle, read_bytes=999))
         assert b"".join(block.content for block in rest) == CONTENT[middle.content_bytes :]
         assert rest[0].first_record == middle.records + 1
+        assert rest[-1].end == blocks[-1].end
 
 
 def test_positions_do_not_depend_on_where_a_run_goes_on(tmp_path: Path) -> None:
@@ -181,8 +183,9 @@ def test_a_file_that_changes_its_size_while_it_is_read_is_an_error(
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_a_file_of_another_format_is_an_error_when_read_too(tmp_path: Path, compression: str) -> None:
     source = write(tmp_path / "input", COMPRESSIONS[compression]("{}\n".encode("utf-16")))
-    with pytest.raises(ConfigError, match="is text in UTF-16"):
-        list(read_blocks(source, InputRules()))
+    for read_bytes in (1, 100):
+        with pytest.raises(ConfigError, match="is text in UTF-16"):
+            list(read_blocks(source, InputRules(), read_bytes=read_bytes))
 
 
 def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
@@ -254,6 +257,18 @@ def test_standard_input_gives_the_blocks_that_a_file_gives(
     rest = read_standard_input(monkeypatch, disk, of_pipe[len(of_pipe) // 2].end)
     assert b"".join(block.content for block in rest) == CONTENT[rest[0].first_byte :]
     assert len(rest) < len(of_pipe)
+
+
+def test_standard_input_that_does_not_wait_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    os.write(writing, b"{}\n")
+    source = FoundSource("-", None, 0, RecordKind.JSON_LINES, is_parquet=False)
+    with open(reading, encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        with pytest.raises(ConfigError, match=r"^input standard input does not wait for its writer"):
+            list(read_blocks(source, InputRules()))
+    os.close(writing)
 
 
 def test_another_stream_than_before_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,7 @@ def test_what_is_no_readable_file_is_an_error() -> None:
     refuse("^input fifo is a pipe: give - as the input and pipe", "fifo")
     refuse("^input /dev/null is not a regular file", "/dev/null")
     refuse(r"^input empty\.jsonl is empty: leave it out", put("empty.jsonl", b""))
+    refuse(r"^input empty\.parquet is empty: leave it out", put("empty.parquet", b""))
     refuse("^cannot read input a.jsonl/b: .*Not a directory", put("a.jsonl"), "a.jsonl/b")
     refuse("^cannot read input .*: embedded null byte", "a\0b")
 

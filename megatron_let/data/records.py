@@ -116,9 +116,8 @@ def parse_line(line: Line, *, replace_invalid_utf8: bool = False) -> dict[str, A
     content = _without_mark(line)
     try:
         record = orjson.loads(content)
-    except (
-        orjson.JSONDecodeError
-    ):  # what the standard library accepts (NaN, half surrogate pairs) is accepted
+    except orjson.JSONDecodeError:
+        # The standard library takes more: NaN, half surrogate pairs. It decides.
         record = _parse_slowly(bytes(content), line.is_cut, replace_invalid_utf8)
     if not isinstance(record, dict):
         raise RejectedRecord(NOT_AN_OBJECT)

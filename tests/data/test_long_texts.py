@@ -181,6 +181,17 @@ def test_added_tokens_and_rhythms_are_not_cut_through(encoders: dict[str, BatchE
         same_ids(encoders[name], text, 50)
 
 
+def test_tokens_that_repeat_in_a_rhythm_are_not_cut_where_one_window_alone_would_allow_it() -> None:
+    vocabulary = {"\u2581": 0, "a": 1, "\u2581a": 2, "\u2581a\u2581a": 3}
+    merges = [("\u2581", "a"), ("\u2581a", "\u2581a")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    # After 5,001 characters there is an odd number of words; a window of 2,000 characters has an even one.
+    same_ids(BackendEncoder(tokenizer), "a" + " a" * 8000, 5000)
+
+
 def test_text_without_spaces_is_cut_at_line_ends(encoders: dict[str, BatchEncoder]) -> None:
     text = "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8\n" * 300
     assert same_ids(encoders["byte_level"], text, 100) > 10

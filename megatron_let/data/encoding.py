@@ -9,12 +9,13 @@ from operator import attrgetter
 
 from megatron_let.data.batch_encoders import BatchEncoder, EncodedTexts, join_encoded
 from megatron_let.data.blocks import Block, Position
-from megatron_let.data.long_texts import encode_texts
+from megatron_let.data.long_texts import TextTooLong, encode_texts
 from megatron_let.data.manifest import SubsetCount
 from megatron_let.data.packing import Document, EncodedPart, PackingRules, pack
 from megatron_let.data.records import (
     NO_TOKENS,
     NOT_ENCODABLE,
+    TOO_LONG_TO_ENCODE,
     Record,
     RejectedRecord,
     records_of,
@@ -113,9 +114,9 @@ def _encode_key(
     if rules.split_by_subset:  # a stable order: each subset in one piece, its documents as they came
         documents.sort(key=attrgetter("subset"))
     documents, encoded, refused = _encode_documents(documents, encoder)
+    skipped += refused
     for document in documents:  # a huge text is gone before its tokens are copied
         document.texts.clear()
-    skipped += [Skipped(document.record, document.byte, NOT_ENCODABLE) for document in refused]
     packing_rules = PackingRules(rules.dtype, rules.append_eod, rules.eod)
     parts: list[EncodedPart] = []
     for subset, group, group_encoded in _groups(documents, encoded, rules.split_by_subset):
@@ -145,22 +146,23 @@ def _documents_of(
 
 def _encode_documents(
     documents: list[Document], encoder: BatchEncoder
-) -> tuple[list[Document], EncodedTexts, list[Document]]:
-    """Return the documents that the tokenizer takes, the ids of their texts, and the documents that it refuses."""
+) -> tuple[list[Document], EncodedTexts, list[Skipped]]:
+    """Return the documents that the tokenizer takes, the ids of their texts, and what it refuses."""
     try:
         return documents, encode_texts(encoder, [text for item in documents for text in item.texts]), []
     except ValueError:
         pass
     taken: list[Document] = []
-    refused: list[Document] = []
+    refused: list[Skipped] = []
     pieces: list[EncodedTexts] = []
     for document in documents:
         try:
             pieces.append(encode_texts(encoder, document.texts))
-        except ValueError:
-            refused.append(document)
-        else:
             taken.append(document)
+        except TextTooLong:
+            refused.append(Skipped(document.record, document.byte, TOO_LONG_TO_ENCODE))
+        except ValueError:
+            refused.append(Skipped(document.record, document.byte, NOT_ENCODABLE))
     return taken, join_encoded(pieces), refused
 
 

@@ -4,7 +4,8 @@ A text is cut only where the tokenizer itself shows that the cut makes no differ
 the text around the cut as for its two halves, from several starting points. That suffices for a tokenizer whose
 choice at one place depends on a limited stretch of text (`BatchEncoder.is_local`): all BPE that splits text into
 words, or whose vocabulary has no long repeating pattern across them. Added tokens are never cut, since the halves
-of one have other ids. A stretch without any safe cut is encoded whole, and memory grows with it.
+of one have other ids. A stretch without any safe cut is encoded whole up to a limit; beyond it the text is refused,
+since the memory it takes has no bound.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from megatron_let.data.batch_encoders import BatchEncoder, EncodedTexts, join_en
 
 PIECE_CHARACTERS = 1 << 20
 """Where a piece may end; texts of up to twice as many are not cut."""
-# How far a cut of either kind is looked for before looking further, in pieces; then to the text's end.
-_REACHES = (1, 16)
+MAX_WHOLE_CHARACTERS = 1 << 23
+"""Longest stretch that is encoded whole where there is no safe cut: some 500 MB of the tokenizer's memory."""
 # Before a space that follows a word and precedes another; else, for text without spaces and tokenizers that drop
 # or add one, before a line's end or a punctuation mark. A run of white space stays in one piece.
 _PLACES = (re.compile(r"\w(?= \w)"), re.compile(r"\w(?=\n)"), re.compile(r"\w(?=[^\w\s])"))
@@ -29,24 +30,50 @@ _CONTEXTS = (2000, 1499, 997)
 _FIRST_STEP = 16
 
 
+class TextTooLong(ValueError):
+    """A text that would have to be encoded whole, and is too long for that."""
+
+
 def encode_texts(
-    encoder: BatchEncoder, texts: Sequence[str], piece_characters: int = PIECE_CHARACTERS
+    encoder: BatchEncoder,
+    texts: Sequence[str],
+    piece_characters: int = PIECE_CHARACTERS,
+    max_whole_characters: int = MAX_WHOLE_CHARACTERS,
 ) -> EncodedTexts:
-    """Return what `encoder.encode(texts)` does, within bounded memory."""
+    """Return what `encoder.encode(texts)` does, within bounded memory.
+
+    Raises:
+        TextTooLong: more than `max_whole_characters` would have to be encoded whole.
+    """
     results: list[EncodedTexts] = []
     for batch in _batches(texts, 2 * piece_characters):
         if len(batch) == 1 and len(batch[0]) > 2 * piece_characters and encoder.is_local:
-            results.append(_encode_in_pieces(encoder, batch[0], piece_characters))
+            pieces = pieces_of(encoder, batch[0], piece_characters, max_whole_characters)
+            results.append(_encode_in_order(encoder, pieces))
+        elif len(batch) == 1 and len(batch[0]) > max_whole_characters:
+            raise TextTooLong("the tokenizer's choices depend on the whole text")
         else:
             results.append(encoder.encode(batch))
     return results[0] if len(results) == 1 else join_encoded(results)
 
 
-def pieces_of(encoder: BatchEncoder, text: str, piece_characters: int) -> Iterator[str]:
-    """Yield pieces of the text whose ids, put together, are the ids of the text."""
+def pieces_of(
+    encoder: BatchEncoder,
+    text: str,
+    piece_characters: int,
+    max_whole_characters: int = MAX_WHOLE_CHARACTERS,
+) -> Iterator[str]:
+    """Yield pieces of the text whose ids, put together, are the ids of the text.
+
+    Raises:
+        TextTooLong: there is no safe cut for a long stretch.
+    """
     start = 0
     while len(text) - start > 2 * piece_characters:
-        cut = _find_cut(encoder, text, start, piece_characters)
+        limits = (start + 2 * piece_characters, start + max_whole_characters)
+        cut = _find_cut(encoder, text, start, start + piece_characters, limits)
+        if cut is None and len(text) - start > max_whole_characters:
+            raise TextTooLong(f"no safe cut in {max_whole_characters:,} characters")
         if cut is None:
             break
         yield text[start : cut[0]]
@@ -68,8 +95,8 @@ def _batches(texts: Sequence[str], max_characters: int) -> Iterator[Sequence[str
         yield texts[first:]
 
 
-def _encode_in_pieces(encoder: BatchEncoder, text: str, piece_characters: int) -> EncodedTexts:
-    ids = [_narrow(encoder.encode([piece])) for piece in pieces_of(encoder, text, piece_characters)]
+def _encode_in_order(encoder: BatchEncoder, pieces: Iterator[str]) -> EncodedTexts:
+    ids = [_narrow(encoder.encode([piece])) for piece in pieces]
     joined = np.concatenate(ids)
     return EncodedTexts(joined, np.array([len(joined)], dtype=np.int64))
 
@@ -81,11 +108,13 @@ def _narrow(encoded: EncodedTexts) -> np.ndarray:
 
 
 def _find_cut(
-    encoder: BatchEncoder, text: str, piece_start: int, piece_characters: int
+    encoder: BatchEncoder, text: str, piece_start: int, target: int, limits: Sequence[int]
 ) -> tuple[int, int] | None:
-    """Return where the piece that begins at `piece_start` may end and the next one begin; near, if possible."""
-    target = piece_start + piece_characters
-    for limit in (*(target + reach * piece_characters for reach in _REACHES), len(text)):
+    """Return where the piece that begins at `piece_start` may end and the next one begin.
+
+    That is behind `target` and, if possible, before the first of `limits`, else before the next.
+    """
+    for limit in limits:
         for place in _PLACES:
             position, step = target, _FIRST_STEP
             while match := place.search(text, position, min(limit, len(text))):

@@ -36,8 +36,9 @@ from megatron_let.data.tokenizers import Tokenizer
 from megatron_let.data.workers import map_in_order
 from megatron_let.errors import ConfigError, LetError
 
-# Sources whose first texts the fast encoder is tried on before the run.
+# What the fast encoder is tried on before the run: the first texts of so many sources, so much of each.
 _SAMPLED_SOURCES = 8
+_SAMPLED_CHARACTERS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class PreprocessSettings:
     log_interval: int = 1000
     commit_seconds: float = 10.0
     """Time between two entries of the journal: the work that a kill can cost."""
-    block_bytes: int = 1 << 18
+    block_bytes: int = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -199,10 +200,10 @@ class _Run:
 
     def _choose_encoder(self, first: Block | None) -> BatchEncoder:
         """Take the fastest encoder that gives the tokenizer's very ids on the first texts of several sources."""
-        sample = _texts_in(first, self._rules) if first else []
+        sample = _sample_of(first, self._rules) if first else []
         for source in self._reading.sources[len(self._reading.finished) + 1 :][: _SAMPLED_SOURCES - 1]:
-            if source.size is not None:
-                sample += _texts_in(next(read_blocks(source, self._input_rules)), self._rules)
+            if source.size is not None and not source.is_parquet:  # parquet is read whole before its first block
+                sample += _sample_of(next(read_blocks(source, self._input_rules)), self._rules)
         encoder, line = choose_encoder(self._tokenizer.batch_encoder(), sample, self._settings.encoder)
         self._write_line(line)
         return encoder
@@ -220,15 +221,19 @@ class _Run:
         return files
 
 
-def _texts_in(block: Block, rules: EncodingRules) -> list[str]:
-    """Return the usable texts of a block under all keys."""
+def _sample_of(block: Block, rules: EncodingRules) -> list[str]:
+    """Return the beginning of the usable texts of a block."""
     found: list[str] = []
+    left = _SAMPLED_CHARACTERS
     for record in records_of(block, text_key=rules.json_keys[0]):
         for key in rules.json_keys:
             with suppress(RejectedRecord):
-                texts = record.take_texts(key)
+                texts = [text[:left] for text in record.take_texts(key)]
                 utf8_size(texts)
                 found += texts
+                left -= sum(map(len, texts))
+        if left <= 0:
+            break
     return found
 
 

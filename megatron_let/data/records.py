@@ -23,6 +23,7 @@ EMPTY_TEXT = "empty_text"
 LONE_SURROGATE = "lone_surrogate"
 NO_TOKENS = "no_tokens"
 NOT_ENCODABLE = "not_encodable"
+TOO_LONG_TO_ENCODE = "too_long_to_encode"
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Characters whose UTF-8 size is counted at a time: no second copy of a huge text.

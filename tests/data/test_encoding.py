@@ -23,6 +23,7 @@ from megatron_let.data.encoding import (
     SubsetCount,
     encode_block,
 )
+from megatron_let.data.long_texts import encode_texts
 from megatron_let.data.tokenizers import NullTokenizer
 
 RULES = EncodingRules(json_keys=("text",), dtype="uint16", append_eod=True, eod=0)
@@ -219,6 +220,23 @@ def test_an_id_too_large_for_the_type_is_never_wrapped(append_eod: bool) -> None
     assert np.frombuffer(part.tokens, np.int32).tolist() == [69999, 5, 70000]
     assert part.max_token_id == 70000
     assert [item.reason for item in skipped] == [records.NOT_ENCODABLE]
+
+
+def test_a_text_too_long_to_be_encoded_is_skipped_by_that_name_and_the_others_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def encode_short(encoder: BatchEncoder, texts: Sequence[str]) -> EncodedTexts:
+        return encode_texts(encoder, texts, 1, max_whole_characters=4)
+
+    monkeypatch.setattr("megatron_let.data.encoding.encode_texts", encode_short)
+    content = b'{"text": "1 2"}\n{"text": "1 2 3 4"}\n{"text": "77"}\n{"text": "5"}\n'
+    part, skipped = encode(content, replace(RULES, eod=10), NullTokenizer(10).batch_encoder())
+    assert part is not None
+    assert np.frombuffer(part.tokens, np.uint16).tolist() == [1, 2, 10, 5, 10]
+    assert [(item.record, item.reason) for item in skipped] == [
+        (2, records.TOO_LONG_TO_ENCODE),
+        (3, records.NOT_ENCODABLE),
+    ]
 
 
 class NegativeEncoder(BatchEncoder):

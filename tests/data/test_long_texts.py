@@ -22,7 +22,7 @@ from megatron_let.data.batch_encoders import (
     SentencePieceEncoder,
     join_encoded,
 )
-from megatron_let.data.long_texts import encode_texts, pieces_of
+from megatron_let.data.long_texts import TextTooLong, encode_texts, pieces_of
 from megatron_let.data.sentencepiece_model import is_unigram
 from tests.data.conftest import SENTENCES
 
@@ -206,6 +206,18 @@ def test_a_stretch_without_a_safe_cut_is_one_piece_and_the_rest_is_cut_again(
     assert len(pieces) > 8
     assert max(map(len, pieces)) < len(blob) + 300
     assert list(pieces_of(encoders["byte_level"], blob, 100)) == [blob]
+
+
+def test_what_would_be_too_much_to_encode_whole_is_refused(encoders: dict[str, BatchEncoder]) -> None:
+    blob = bytes(range(256)).hex() * 10
+    words = "the quick brown fox " * 50
+    for text in (blob, words + blob, f"{words}{blob} {words}"):
+        with pytest.raises(TextTooLong, match="no safe cut in 600 characters"):
+            encode_texts(encoders["byte_level"], [text], 100, max_whole_characters=600)
+    assert same_ids(encoders["byte_level"], words + blob[:400] + words, 100) > 10
+    with pytest.raises(TextTooLong, match="depend on the whole text"):
+        encode_texts(NullEncoder(10), ["1 2 3 4"], 1, max_whole_characters=6)
+    assert encode_texts(NullEncoder(10), ["1 2 3 4"], 1, max_whole_characters=7).ids.tolist() == [1, 2, 3, 4]
 
 
 def test_a_unigram_sentencepiece_model_is_encoded_whole(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ class InputRules:
     """Columns to read of a parquet file. Those that it lacks are left out of its records."""
     max_document_bytes: int = 128 << 20
     """Longest record as it stands in the file: the JSON line, the text, the parquet row as a JSON line."""
-    block_bytes: int = 1 << 20
+    block_bytes: int = 1_000_000
     """Size of a block, unless one record alone is longer."""
 
     def __post_init__(self) -> None:

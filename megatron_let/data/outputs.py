@@ -43,6 +43,7 @@ class Account:
     documents: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
+    first_error: str = ""
 
     def add(self, block: EncodedBlock, key: str, policy: ErrorPolicy) -> None:
         """Count a block's records.
@@ -53,8 +54,11 @@ class Account:
         skipped = block.skipped[key]
         for item in skipped:
             example = f"{block.path}:{item.record} (byte {item.byte}): {item.reason}"
-            if policy.stop_at_first and item.reason not in HARMLESS:
+            is_error = item.reason not in HARMLESS
+            if is_error and policy.stop_at_first:
                 raise ConfigError(f"{example}; --on-error skip counts such records and goes on")
+            if is_error and not self.first_error:
+                self.first_error = example
             if len(self.examples) < _MAX_EXAMPLES:
                 self.examples.append(example)
         self.records += block.num_records
@@ -72,7 +76,7 @@ class Account:
             return
         raise ConfigError(
             f'{num_errors:,} of {self.records:,} records are unusable under the key "{key}" ({counts_in_words(self.skipped)}; '
-            f"first: {self.examples[0]}), more than --max-error-fraction {policy.max_fraction:g}: check --json-keys "
+            f"first: {self.first_error}), more than --max-error-fraction {policy.max_fraction:g}: check --json-keys "
             "and the input, or raise it"
         )
 

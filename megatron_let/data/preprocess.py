@@ -65,7 +65,7 @@ class PreprocessSettings:
     log_interval: int = 1000
     commit_seconds: float = 10.0
     """Time between two entries of the journal: the work that a kill can cost."""
-    block_bytes: int = 1 << 20
+    block_bytes: int = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,9 @@ class _Run:
         """Take the fastest encoder that gives the tokenizer's very ids on the first texts of several sources."""
         sample = _sample_of(first, self._rules) if first else []
         for source in self._reading.sources[len(self._reading.finished) + 1 :][: _SAMPLED_SOURCES - 1]:
-            if source.size is not None and not source.is_parquet:  # parquet is read whole before its first block
+            if (
+                source.size is not None and not source.is_parquet
+            ):  # parquet is read whole before its first block
                 sample += _sample_of(next(read_blocks(source, self._input_rules)), self._rules)
         encoder, line = choose_encoder(self._tokenizer.batch_encoder(), sample, self._settings.encoder)
         self._write_line(line)

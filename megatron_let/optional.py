@@ -33,3 +33,13 @@ def has_wandb() -> bool:
 def has_zstandard() -> bool:
     """Return whether zstd-compressed input can be read."""
     return find_spec("zstandard") is not None
+
+
+def has_pyarrow() -> bool:
+    """Return whether parquet input can be read (extra `[data]`)."""
+    return find_spec("pyarrow") is not None
+
+
+def has_gigatoken() -> bool:
+    """Return whether the fast encoder for preprocessing is installed."""
+    return find_spec("gigatoken") is not None

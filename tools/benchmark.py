@@ -1,8 +1,9 @@
-"""Measure this project's training step: against a bare PyTorch loop, with LET against plain, and its memory.
+"""Measure this project: its training step against a bare PyTorch loop, LET against plain, memory, preprocessing.
 
     python tools/benchmark.py train  [--shape large] [--json docs/benchmarks/train-large.json]
     python tools/benchmark.py let    [--shape large]
     python tools/benchmark.py memory [--shape large-teacher]
+    python tools/benchmark.py data   [--megatron-lm CHECKOUT]      # preprocessing, beside Megatron-LM's tool
     python tools/benchmark.py report            # put the tables of docs/benchmarks/*.json into docs/benchmarks.md
 
 Competitors run in processes of their own on the same cores and take turns (A B A B) within one call, so a ratio holds
@@ -20,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmark_data import measure_data
 from benchmark_measure import (
     WARM_UP_STEPS,
     Bench,
@@ -62,6 +64,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         with_teachers.add_argument(
             "--teachers", choices=TEACHER_KINDS, nargs="+", default=TEACHER_KINDS, help="kinds of teacher"
         )
+    data = commands.add_parser("data", help="preprocessing against its floors and Megatron-LM's tool")
+    data.add_argument("--megabytes", type=int, default=150, help="of JSON lines")
+    data.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers to measure")
+    data.add_argument("--repeats", type=int, default=3, help="turns of each side")
+    data.add_argument("--megatron-lm", type=Path, metavar="DIR", help="checkout of Megatron-LM core_v0.16.1")
+    data.add_argument("--json", type=Path, help="write the figures to this file")
     report = commands.add_parser("report", help="make the tables of docs/benchmarks.md anew")
     report.add_argument("--document", type=Path, default=ROOT / "docs" / "benchmarks.md")
     report.add_argument(
@@ -93,6 +101,16 @@ def _add(
 
 def measure(arguments: argparse.Namespace, directory: Path) -> Result:
     """Run a measuring subcommand, with its data and checkpoints in `directory`."""
+    command = "python tools/benchmark.py " + shlex.join(sys.argv[1:])
+    if arguments.command == "data":
+        conditions, rows, notes = measure_data(
+            directory,
+            megabytes=arguments.megabytes,
+            workers=arguments.workers,
+            repeats=arguments.repeats,
+            megatron_lm=arguments.megatron_lm,
+        )
+        return Result("data", command, conditions, rows, notes)
     steps = 4 * arguments.steps if arguments.command == "memory" else arguments.repeats * arguments.steps
     bench = Bench(
         shape=SHAPES[arguments.shape],
@@ -110,7 +128,6 @@ def measure(arguments: argparse.Namespace, directory: Path) -> Result:
         "memory": lambda: measure_memory(bench, arguments.teachers),
     }
     rows, notes = runs[arguments.command]()
-    command = "python tools/benchmark.py " + shlex.join(sys.argv[1:])
     return Result(arguments.command, command, f"Shape {arguments.shape}; {bench.conditions()}", rows, notes)
 
 

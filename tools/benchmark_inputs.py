@@ -11,20 +11,19 @@ import numpy as np
 import torch
 from benchmark_reference import GptShape
 
-from megatron_let.data.indexed_writer import IndexedWriter
+from megatron_let.data.indexed_writer import write_pair
 
 
 def write_random_tokens(prefix: Path, *, num_tokens: int, vocab_size: int) -> None:
     """Write PREFIX.bin and PREFIX.idx: random ids below the end of document, in documents of a thousand."""
     random = np.random.default_rng(1)
     length = 1000
-    with IndexedWriter(str(prefix), "uint16") as writer:
-        for _ in range(-(-num_tokens // length)):
-            ids = random.integers(0, vocab_size - 1, length, dtype=np.uint16)
-            writer.add_documents(
-                ids.tobytes(), np.asarray([length], np.int32).tobytes(), np.ones(1, np.int32).tobytes()
-            )
-        writer.finish()
+    one = np.ones(1, np.int32).tobytes()
+    documents = (
+        random.integers(0, vocab_size - 1, length, dtype=np.uint16) for _ in range(-(-num_tokens // length))
+    )
+    parts = ((ids.tobytes(), np.asarray([length], np.int32).tobytes(), one) for ids in documents)
+    write_pair(str(prefix), "uint16", parts)
 
 
 def write_hf_teacher(directory: Path, shape: GptShape) -> None:

@@ -20,6 +20,7 @@ from importlib import import_module
 from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -69,7 +70,7 @@ class Side:
             )
             ours, theirs = context.Pipe()
             program = context.Process(target=_serve, args=(theirs, os.getpid(), build, settings, placement))
-            with _environment(OMP_NUM_THREADS=str(num_threads), PYTHONWARNINGS="ignore"):
+            with patch.dict(os.environ, OMP_NUM_THREADS=str(num_threads), PYTHONWARNINGS="ignore"):
                 program.start()
             theirs.close()
             self._ranks.append((program, ours))
@@ -207,18 +208,3 @@ def _settle(placement: Placement) -> None:
     if placement.cores is not None and not torch.cuda.is_available():
         os.sched_setaffinity(0, placement.cores)
         torch.set_num_threads(placement.num_threads)
-
-
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Set environment variables for the duration of a block."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

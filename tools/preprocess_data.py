@@ -1,11 +1,12 @@
-"""Turn JSON lines into Megatron's indexed token files, with a manifest that training checks.
+"""Turn raw text into Megatron's indexed token files, with a manifest that training checks.
 
-    python tools/preprocess_data.py --input pile-00.jsonl pile-01.jsonl.zst --output-prefix data/pile \\
+    python tools/preprocess_data.py --input 'pile/*.jsonl.zst' --output-prefix data/pile \\
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizers/smollm --append-eod --workers 8
 
 writes data/pile_text_document.{bin,idx,manifest.json}; give training `--data-path data/pile_text_document`.
-The flags are those of Megatron-LM's tools/preprocess_data.py and so are the bytes. A record that cannot be used
-is skipped, counted by reason and named in the manifest. Nothing is written over unless all went well.
+The flags are those of Megatron-LM's tools/preprocess_data.py and so are the bytes. A record that cannot be used is
+skipped, counted by reason and named in the manifest. Nothing is written over unless all went well, and a run that was
+killed goes on where it stopped when the same command is given again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_let.data.preprocess import PreprocessSettings, describe, output_prefix_of, preprocess
+from megatron_let.data.preprocess import PreprocessSettings, describe, preprocess
+from megatron_let.data.subsets import parse_weights
 from megatron_let.data.tokenizers import TOKENIZER_TYPES, build_tokenizer
 from megatron_let.errors import EXIT_DONE, ConfigError, LetError
 
@@ -37,30 +39,131 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE", help="JSON lines: plain, gzip or zstd"
-    )
-    data.add_argument(
-        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="one pair of files each"
-    )
-    data.add_argument("--output-prefix", required=True, help="PREFIX_KEY_document.{bin,idx,manifest.json}")
-    data.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's eod")
-    tokens = parser.add_argument_group("tokenizer")
-    tokens.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
-    tokens.add_argument("--tokenizer-model", help="Hugging Face directory, or SentencePiece .model file")
-    tokens.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
-    tokens.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
-    tokens.add_argument("--vocab-size", type=int, help="ids before eod of NullTokenizer")
-    runtime = parser.add_argument_group("runtime")
-    runtime.add_argument("--workers", type=int, default=1, help="processes that encode (default 1)")
-    runtime.add_argument("--log-interval", type=int, default=1000, help="documents between progress lines")
+    _add_data_flags(parser.add_argument_group("data"))
+    _add_record_flags(parser.add_argument_group("records that cannot be used"))
+    _add_subset_flags(parser.add_argument_group("subsets"))
+    _add_tokenizer_flags(parser.add_argument_group("tokenizer"))
+    _add_runtime_flags(parser.add_argument_group("runtime"))
     ignored = parser.add_argument_group("accepted for Megatron-LM's scripts, without effect here")
     ignored.add_argument("--partitions", type=int, default=1, help="documents keep their order without it")
     ignored.add_argument("--keep-sequential-samples", action="store_true", help="always so")
     ignored.add_argument("--dataset-impl", choices=["mmap"], default="mmap", help="the only form")
     ignored.add_argument("--tokenizer-hf-use-fast", action="store_true", help="used wherever there is one")
     return parser.parse_args(argv)
+
+
+def _add_data_flags(data: argparse._ArgumentGroup) -> None:
+    data.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, globs or directories of JSON lines, parquet or plain text, as they are or in gzip or zstd; "
+        "- is standard input",
+    )
+    data.add_argument(
+        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="one pair of files each"
+    )
+    data.add_argument("--output-prefix", required=True, help="PREFIX_KEY_document.{bin,idx,manifest.json}")
+    data.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's eod")
+    data.add_argument(
+        "--input-format",
+        choices=["auto", "jsonl", "parquet", "text"],
+        default="auto",
+        help="auto: parquet by its first bytes, text by the ending .txt, else JSON lines",
+    )
+    data.add_argument(
+        "--text-documents",
+        choices=["file", "line"],
+        default="file",
+        help="what is one document of plain text (default: the file)",
+    )
+
+
+def _add_record_flags(records: argparse._ArgumentGroup) -> None:
+    records.add_argument(
+        "--on-error",
+        choices=["skip", "stop"],
+        default="skip",
+        help="skip and count (default), or stop at the first",
+    )
+    records.add_argument(
+        "--max-error-fraction",
+        type=float,
+        default=0.001,
+        metavar="F",
+        help="stop when more are unusable, judged from 10,000 records on (default 0.001); blank lines and empty "
+        "texts do not count",
+    )
+    records.add_argument(
+        "--max-document-bytes",
+        type=int,
+        default=128 << 20,
+        metavar="BYTES",
+        help="longest record, as it stands in the file (default 128 MiB); a longer one is skipped and counted",
+    )
+    records.add_argument(
+        "--invalid-utf8",
+        choices=["skip", "replace"],
+        default="skip",
+        help="skip the record (default), or put U+FFFD for what is not UTF-8",
+    )
+
+
+def _add_subset_flags(subsets: argparse._ArgumentGroup) -> None:
+    subsets.add_argument(
+        "--split-by-subset",
+        action="store_true",
+        help="a pair for each subset, PREFIX_SUBSET_KEY_document, and the blend of them in PREFIX_KEY_blend.txt",
+    )
+    subsets.add_argument(
+        "--subset-key",
+        default="meta.pile_set_name",
+        metavar="PATH",
+        help="where a record names its subset, keys joined by dots (default meta.pile_set_name)",
+    )
+    subsets.add_argument(
+        "--subset-weights",
+        nargs="+",
+        default=[],
+        metavar="NAME=WEIGHT",
+        help="weights of the blend (default: each subset's share of the tokens); what is not named is left out",
+    )
+
+
+def _add_tokenizer_flags(tokens: argparse._ArgumentGroup) -> None:
+    tokens.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
+    tokens.add_argument("--tokenizer-model", help="Hugging Face directory, or SentencePiece .model file")
+    tokens.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
+    tokens.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
+    tokens.add_argument("--vocab-size", type=int, help="ids before eod of NullTokenizer")
+    tokens.add_argument(
+        "--encode-special-tokens",
+        action="store_true",
+        help="special tokens written out in a text are text (default: they become the token, as in Megatron-LM)",
+    )
+    tokens.add_argument(
+        "--encoder",
+        choices=["auto", "plain", "fast"],
+        default="auto",
+        help="auto: gigatoken where it is installed and gives the tokenizer's very ids, else the tokenizer's own "
+        "library; plain: that library; fast: gigatoken or an error",
+    )
+
+
+def _add_runtime_flags(runtime: argparse._ArgumentGroup) -> None:
+    runtime.add_argument("--workers", type=int, default=1, help="processes that encode (default 1)")
+    runtime.add_argument("--log-interval", type=int, default=1000, help="documents between progress lines")
+    runtime.add_argument(
+        "--commit-interval",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="time between two points from which a killed run can go on (default 10)",
+    )
+    runtime.add_argument(
+        "--restart", action="store_true", help="begin anew where a stopped run could be gone on with"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -70,8 +173,20 @@ def run(arguments: argparse.Namespace) -> None:
         output_prefix=arguments.output_prefix,
         json_keys=tuple(arguments.json_keys),
         append_eod=arguments.append_eod,
+        input_format=arguments.input_format,
+        text_documents=arguments.text_documents,
+        subset_key=arguments.subset_key,
+        split_by_subset=arguments.split_by_subset,
+        subset_weights=parse_weights(arguments.subset_weights),
+        max_document_bytes=arguments.max_document_bytes,
+        invalid_utf8=arguments.invalid_utf8,
+        on_error=arguments.on_error,
+        max_error_fraction=arguments.max_error_fraction,
+        encoder=arguments.encoder,
+        restart=arguments.restart,
         workers=arguments.workers,
         log_interval=arguments.log_interval,
+        commit_seconds=arguments.commit_interval,
     )
     tokenizer = build_tokenizer(
         tokenizer_type=arguments.tokenizer_type,
@@ -79,10 +194,16 @@ def run(arguments: argparse.Namespace) -> None:
         vocab_file=arguments.vocab_file,
         merge_file=arguments.merge_file,
         vocab_size=arguments.vocab_size,
+        encode_special_tokens=arguments.encode_special_tokens,
+        without_torch=True,
     )
     manifests = preprocess(settings, tokenizer, lambda line: print(line, file=sys.stderr, flush=True))
-    for key, manifest in manifests.items():
-        print(describe(manifest, output_prefix_of(settings, key)))
+    for prefix, manifest in manifests.items():
+        print(describe(manifest, prefix))
+    if settings.split_by_subset:
+        for key in settings.json_keys:
+            blend = Path(f"{settings.output_prefix}_{key}_blend.txt")
+            print(f"--data-path {blend.read_text(encoding='utf-8').strip()}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("error: interrupted; nothing was written over", file=sys.stderr)
+        print("error: interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 128 + signal.SIGINT
     return EXIT_DONE
 

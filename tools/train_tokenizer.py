@@ -19,8 +19,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_let.data.records import RejectedRecord, parse_line, texts_of, utf8_size
-from megatron_let.data.sources import find_sources, lines_of, read_blocks
+from megatron_let.data.input_rules import InputRules
+from megatron_let.data.readers import read_blocks
+from megatron_let.data.records import RejectedRecord, records_of, utf8_size
+from megatron_let.data.sources import find_sources
 from megatron_let.errors import EXIT_DONE, ConfigError, LetError
 
 _NUM_BYTES = 256
@@ -28,11 +30,12 @@ _NUM_BYTES = 256
 
 def read_texts(inputs: Sequence[str], json_key: str, skipped: Counter[str]) -> Iterator[str]:
     """Yield every usable text of the files; count the others in `skipped` by reason."""
-    for source in find_sources(inputs):
-        for block in read_blocks(source.path):
-            for line in lines_of(block):
+    rules = InputRules(columns=(json_key,))
+    for source in find_sources(inputs, rules):
+        for block in read_blocks(source, rules):
+            for record in records_of(block, text_key=json_key):
                 try:
-                    texts = texts_of(parse_line(line), json_key)
+                    texts = record.take_texts(json_key)
                     utf8_size(texts)
                 except RejectedRecord as rejected:
                     skipped[rejected.reason] += 1

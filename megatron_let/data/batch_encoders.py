@@ -2,29 +2,65 @@
 
 from __future__ import annotations
 
+import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_let.data.sentencepiece_model import is_unigram
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """The ids of several texts, back to back."""
+
+    ids: npt.NDArray[np.integer[Any]]
+    """[tokens], of any integer type that holds them."""
+    lengths: npt.NDArray[np.int64]
+    """[texts], in tokens; a text without tokens has 0."""
+
+    def __post_init__(self) -> None:
+        assert int(self.lengths.sum()) == len(self.ids), "lengths do not add up to the ids"
+
+    def to_lists(self) -> list[list[int]]:
+        """Return the ids of each text as a list."""
+        ends = np.cumsum(self.lengths).tolist()
+        return [self.ids[start:end].tolist() for start, end in zip([0, *ends[:-1]], ends, strict=False)]
 
 
 class BatchEncoder(ABC):
     """Turns texts into ids and nothing else: small enough to send to a worker process."""
 
+    is_local: bool
+    """What far-away text holds cannot change an id, so a long text may be encoded in pieces (see long_texts.py)."""
+
     @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """Return the ids of each text, without bos or eod. Raises ValueError for a text that has none."""
+
+    def definition(self) -> bytes:
+        """Return all that decides over the ids: the same bytes in every process."""
+        return pickle.dumps(self)
 
 
 class BackendEncoder(BatchEncoder):
     """Encodes with a `tokenizers.Tokenizer`: the Rust side of a fast tokenizer, without transformers."""
 
+    is_local = True
+
     def __init__(self, backend: Any) -> None:
         self.backend = backend
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """See BatchEncoder."""
         # The fast variant leaves out character offsets.
-        return [item.ids for item in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        batch = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return join_ids(item.ids for item in batch)
 
     def __getstate__(self) -> tuple[str, bool]:
         """Pickle as JSON, which leaves out the one setting that is kept beside it."""
@@ -41,12 +77,19 @@ class BackendEncoder(BatchEncoder):
 class SlowHuggingFaceEncoder(BatchEncoder):
     """Encodes with a transformers tokenizer written in Python."""
 
+    is_local = True
+
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """See BatchEncoder."""
-        return [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        return join_ids(self.tokenizer.encode(text, add_special_tokens=False) for text in texts)
+
+    def definition(self) -> bytes:
+        """See BatchEncoder; what its Python code does beyond the vocabulary is not in it."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        return repr((type(self.tokenizer).__qualname__, vocabulary)).encode()
 
 
 class SentencePieceEncoder(BatchEncoder):
@@ -55,10 +98,13 @@ class SentencePieceEncoder(BatchEncoder):
     def __init__(self, model: bytes) -> None:
         self.model = model
         self.processor = _sentencepiece_processor(model)
+        # A unigram model adds up the scores of all the text before a place, in 32 bits: where two ways to split a
+        # word are close, the rounding decides, and with it everything before.
+        self.is_local = not is_unigram(model)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """See BatchEncoder."""
-        return [self.processor.encode_as_ids(text) for text in texts]
+        return join_ids(self.processor.encode_as_ids(text) for text in texts)
 
     def __reduce__(self) -> tuple[type[SentencePieceEncoder], tuple[bytes]]:
         """Send the model's bytes only."""
@@ -68,15 +114,36 @@ class SentencePieceEncoder(BatchEncoder):
 class NullEncoder(BatchEncoder):
     """Reads ids written as decimal numbers between single spaces."""
 
+    is_local = False
+
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """See BatchEncoder."""
         batch = [[int(number) for number in text.split(" ")] for text in texts]
         if any(not 0 <= token_id < self.vocab_size for ids in batch for token_id in ids):
             raise ValueError(f"a token id is outside 0..{self.vocab_size - 1}")
-        return batch
+        return join_ids(batch)
+
+
+def join_ids(batch: Iterable[Sequence[int]]) -> EncodedTexts:
+    """Return lists of ids as one array. Raises OverflowError for an id that 32 bits do not hold."""
+    # array reads a list three times faster than numpy does, and refuses what does not fit.
+    arrays = [np.asarray(array("I", ids)) for ids in batch]
+    return EncodedTexts(
+        ids=np.concatenate(arrays) if arrays else np.empty(0, dtype=np.uint32),
+        lengths=np.array([len(ids) for ids in arrays], dtype=np.int64),
+    )
+
+
+def join_encoded(pieces: Sequence[EncodedTexts]) -> EncodedTexts:
+    """Return the results of several calls as one."""
+    if not pieces:
+        return EncodedTexts(np.empty(0, dtype=np.uint32), np.empty(0, dtype=np.int64))
+    return EncodedTexts(
+        np.concatenate([piece.ids for piece in pieces]), np.concatenate([piece.lengths for piece in pieces])
+    )
 
 
 def _sentencepiece_processor(model: bytes) -> Any:

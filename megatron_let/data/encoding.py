@@ -1,29 +1,36 @@
-"""A block of JSON lines to token bytes: the work of one worker, with every line accounted for."""
+"""A block of records to token bytes: the work of one worker, with every record accounted for."""
 
 from __future__ import annotations
 
-from array import array
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from operator import attrgetter
 
-import numpy as np
-
-from megatron_let.data.batch_encoders import BatchEncoder
+from megatron_let.data.batch_encoders import BatchEncoder, EncodedTexts, join_encoded
+from megatron_let.data.blocks import Block, Position
+from megatron_let.data.long_texts import TextTooLong, encode_texts
+from megatron_let.data.manifest import SubsetCount
+from megatron_let.data.packing import Document, EncodedPart, PackingRules, pack
 from megatron_let.data.records import (
     NO_TOKENS,
     NOT_ENCODABLE,
+    TOO_LONG_TO_ENCODE,
+    Record,
     RejectedRecord,
-    parse_line,
-    texts_of,
+    records_of,
+    subset_of,
     utf8_size,
 )
-from megatron_let.data.sources import LineBlock, lines_of
 
-# array's own letters: it refuses an id that does not fit, where numpy 1 wraps it into another token.
-_ARRAY_TYPE = {"uint16": "H", "int32": "i"}
-_NUMPY_TYPE = {letter: name for name, letter in _ARRAY_TYPE.items()}
+__all__ = [
+    "EncodedBlock",
+    "EncodedPart",
+    "EncodingRules",
+    "Skipped",
+    "SubsetCount",
+    "encode_block",
+]
 
 
 @dataclass(frozen=True)
@@ -31,141 +38,145 @@ class EncodingRules:
     """What every block of a run is encoded by."""
 
     json_keys: tuple[str, ...]
+    """Plain text has no keys: it is under the first of these, and missing under the others."""
     dtype: str
+    """Numpy name of the type that ids are written in: uint16 or int32."""
     append_eod: bool
     eod: int
+    subset_key: str = "meta.pile_set_name"
+    """Dotted path to the name of the subset that a record belongs to."""
+    split_by_subset: bool = False
+    """Give each subset a part of its own."""
+    replace_invalid_utf8: bool = False
+    """Put U+FFFD where bytes are not UTF-8, instead of rejecting the record."""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """One line that gave no document under a key."""
+    """One record that gave no document under a key."""
 
-    line: int
+    record: int
+    """Its number in its source, from 1."""
+    byte: int
+    """Where it begins in its source's content."""
     reason: str
 
 
 @dataclass(frozen=True)
-class EncodedKey:
-    """The documents of a block under one key, ready for IndexedWriter.add_documents, and what was skipped."""
-
-    tokens: bytes
-    lengths: bytes
-    sequence_counts: bytes
-    num_tokens: int
-    max_token_id: int
-    text_bytes: int
-    skipped: tuple[Skipped, ...]
-
-    def skipped_by_reason(self) -> Counter[str]:
-        """Return how many lines were skipped for each reason."""
-        return Counter(item.reason for item in self.skipped)
-
-
-@dataclass(frozen=True)
 class EncodedBlock:
-    """A block's result. For each key: num_lines = documents + skipped."""
+    """A block's result. For each key: num_records = documents over its parts + skipped."""
 
     path: str
-    position: int
     num_bytes: int
-    num_lines: int
-    keys: Mapping[str, EncodedKey]
+    num_records: int
+    is_last: bool
+    end: Position
+    parts: tuple[EncodedPart, ...]
+    """By key, then subset; only parts with documents."""
+    skipped: Mapping[str, tuple[Skipped, ...]]
+    """By JSON key."""
 
 
-@dataclass(frozen=True)
-class _Document:
-    line: int
-    texts: list[str]
-    text_bytes: int
+def encode_block(block: Block, rules: EncodingRules, encoder: BatchEncoder) -> EncodedBlock:
+    """Encode every record of a block under every key.
 
-
-def encode_block(block: LineBlock, rules: EncodingRules, encoder: BatchEncoder) -> EncodedBlock:
-    """Encode every line of a block under every key."""
-    records = list(_records(block))
+    Raises:
+        OverflowError: the encoder gave an id that the rules' type does not hold.
+    """
+    records = list(
+        records_of(block, text_key=rules.json_keys[0], replace_invalid_utf8=rules.replace_invalid_utf8)
+    )
+    path = tuple(rules.subset_key.split("."))
+    subsets = [subset_of(record.values, path) for record in records]
+    parts: list[EncodedPart] = []
+    skipped: dict[str, tuple[Skipped, ...]] = {}
+    for key in rules.json_keys:
+        key_parts, key_skipped = _encode_key(records, subsets, key, rules, encoder)
+        num_documents = sum(part.num_documents for part in key_parts)
+        assert len(records) == num_documents + len(key_skipped), f"{block.path}: a record is unaccounted for"
+        parts += key_parts
+        skipped[key] = tuple(sorted(key_skipped, key=attrgetter("record")))
     return EncodedBlock(
         path=block.path,
-        position=block.position,
         num_bytes=len(block.content),
-        num_lines=len(records),
-        keys={key: _encode_key(records, key, rules, encoder) for key in rules.json_keys},
+        num_records=len(records),
+        is_last=block.is_last,
+        end=block.end,
+        parts=tuple(parts),
+        skipped=skipped,
     )
-
-
-def _records(block: LineBlock) -> Iterator[tuple[int, dict[str, Any] | RejectedRecord]]:
-    """Yield each line's number with its object or why it has none."""
-    for line in lines_of(block):
-        try:
-            yield line.number, parse_line(line)
-        except RejectedRecord as rejected:
-            yield line.number, rejected
 
 
 def _encode_key(
-    records: Sequence[tuple[int, dict[str, Any] | RejectedRecord]],
-    key: str,
-    rules: EncodingRules,
-    encoder: BatchEncoder,
-) -> EncodedKey:
-    documents: list[_Document] = []
+    records: Sequence[Record], subsets: Sequence[str], key: str, rules: EncodingRules, encoder: BatchEncoder
+) -> tuple[list[EncodedPart], list[Skipped]]:
+    documents, skipped = _documents_of(records, subsets, key)
+    if rules.split_by_subset:  # a stable order: each subset in one piece, its documents as they came
+        documents.sort(key=attrgetter("subset"))
+    documents, encoded, refused = _encode_documents(documents, encoder)
+    skipped += refused
+    for document in documents:  # a huge text is gone before its tokens are copied
+        document.texts.clear()
+    packing_rules = PackingRules(rules.dtype, rules.append_eod, rules.eod)
+    parts: list[EncodedPart] = []
+    for subset, group, group_encoded in _groups(documents, encoded, rules.split_by_subset):
+        part, empty = pack(group, group_encoded, packing_rules, key=key, subset=subset)
+        skipped += [Skipped(document.record, document.byte, NO_TOKENS) for document in empty]
+        if part is not None:
+            parts.append(part)
+    return parts, skipped
+
+
+def _documents_of(
+    records: Sequence[Record], subsets: Sequence[str], key: str
+) -> tuple[list[Document], list[Skipped]]:
+    """Move the texts under `key` from the records into documents."""
+    documents: list[Document] = []
     skipped: list[Skipped] = []
-    for line, record in records:
+    for record, subset in zip(records, subsets, strict=True):
         try:
-            if isinstance(record, RejectedRecord):
-                raise record
-            texts = texts_of(record, key)
-            documents.append(_Document(line, texts, utf8_size(texts)))
+            texts = record.take_texts(key)
+            documents.append(
+                Document(record.number, record.byte, texts, len(texts), utf8_size(texts), subset)
+            )
         except RejectedRecord as rejected:
-            skipped.append(Skipped(line, rejected.reason))
-    return _pack(documents, skipped, rules, encoder)
+            skipped.append(Skipped(record.number, record.byte, rejected.reason))
+    return documents, skipped
 
 
-def _pack(
-    documents: list[_Document], skipped: list[Skipped], rules: EncodingRules, encoder: BatchEncoder
-) -> EncodedKey:
-    """Join the documents' ids. Sequences without tokens are left out, as in Megatron; so are such documents."""
-    tokens, lengths, counts = array(_ARRAY_TYPE[rules.dtype]), array("i"), array("i")
-    text_bytes = 0
-    for document, encoded in zip(documents, _encode_documents(documents, encoder), strict=True):
-        sequences = [ids for ids in encoded or () if ids]
-        if not sequences:
-            skipped.append(Skipped(document.line, NOT_ENCODABLE if encoded is None else NO_TOKENS))
-            continue
-        if rules.append_eod:
-            sequences[-1] = [*sequences[-1], rules.eod]
-        for ids in sequences:
-            tokens.extend(ids)
-            lengths.append(len(ids))
-        counts.append(len(sequences))
-        text_bytes += document.text_bytes
-    return EncodedKey(
-        tokens=tokens.tobytes(),
-        lengths=lengths.tobytes(),
-        sequence_counts=counts.tobytes(),
-        num_tokens=len(tokens),
-        max_token_id=_largest(tokens),
-        text_bytes=text_bytes,
-        skipped=tuple(sorted(skipped, key=lambda item: item.line)),
-    )
-
-
-def _largest(tokens: array[int]) -> int:
-    return int(np.frombuffer(tokens, dtype=_NUMPY_TYPE[tokens.typecode]).max()) if tokens else 0
-
-
-def _encode_documents(documents: list[_Document], encoder: BatchEncoder) -> Iterator[list[list[int]] | None]:
-    """Yield the ids of each document's texts, None where the tokenizer refuses one of them."""
-    texts = [text for document in documents for text in document.texts]
+def _encode_documents(
+    documents: list[Document], encoder: BatchEncoder
+) -> tuple[list[Document], EncodedTexts, list[Skipped]]:
+    """Return the documents that the tokenizer takes, the ids of their texts, and what it refuses."""
     try:
-        encoded = iter(encoder.encode_batch(texts))
+        return documents, encode_texts(encoder, [text for item in documents for text in item.texts]), []
     except ValueError:
-        yield from (_encode_alone(document, encoder) for document in documents)
-        return
+        pass
+    taken: list[Document] = []
+    refused: list[Skipped] = []
+    pieces: list[EncodedTexts] = []
     for document in documents:
-        yield [next(encoded) for _ in document.texts]
+        try:
+            pieces.append(encode_texts(encoder, document.texts))
+            taken.append(document)
+        except TextTooLong:
+            refused.append(Skipped(document.record, document.byte, TOO_LONG_TO_ENCODE))
+        except ValueError:
+            refused.append(Skipped(document.record, document.byte, NOT_ENCODABLE))
+    return taken, join_encoded(pieces), refused
 
 
-def _encode_alone(document: _Document, encoder: BatchEncoder) -> list[list[int]] | None:
-    try:
-        return encoder.encode_batch(document.texts)
-    except ValueError:
-        return None
+def _groups(
+    documents: list[Document], encoded: EncodedTexts, split: bool
+) -> Iterator[tuple[str | None, list[Document], EncodedTexts]]:
+    """Yield the documents with their ids: all at once, or subset by subset where they are sorted by it."""
+    if not split:
+        yield None, documents, encoded
+        return
+    first_text, first_token = 0, 0
+    for subset, members in groupby(documents, key=attrgetter("subset")):
+        group = list(members)
+        lengths = encoded.lengths[first_text : first_text + sum(item.num_texts for item in group)]
+        num_tokens = int(lengths.sum())
+        yield subset, group, EncodedTexts(encoded.ids[first_token : first_token + num_tokens], lengths)
+        first_text, first_token = first_text + len(lengths), first_token + num_tokens

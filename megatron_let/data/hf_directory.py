@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,14 @@ def has_tokenizer_files(path: str | Path) -> bool:
     return any(os.path.isfile(Path(path) / name) for name in TOKENIZER_FILES)
 
 
-def load_auto_tokenizer(name_or_path: str) -> Any:
+def load_auto_tokenizer(name_or_path: str, *, without_torch: bool = False) -> Any:
     """Load a tokenizer with transformers' AutoTokenizer, from local files and without remote code.
 
     A directory is read in place; any other string is looked up in the local Hugging Face cache. The network
     is never asked. Truncation and padding stored with the tokenizer are switched off: they would cut documents.
+
+    without_torch: keep transformers from importing torch, which takes most of a short program's time. Only for a
+    program that never trains: transformers then takes torch for absent as long as the process lives.
 
     Raises:
         ConfigError: nothing is found, the directory has no tokenizer, or it needs code of its own.
@@ -44,12 +50,8 @@ def load_auto_tokenizer(name_or_path: str) -> Any:
             f"{name_or_path} is a file: HuggingFaceTokenizer takes a directory "
             "(SentencePieceTokenizer takes a .model file)"
         )
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = _read_without_torch(name_or_path) if without_torch else _read(name_or_path)
     except Exception as error:  # transformers and tokenizers raise anything down to a bare Exception
         if not is_directory:
             raise ConfigError(
@@ -60,6 +62,36 @@ def load_auto_tokenizer(name_or_path: str) -> Any:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _read(name_or_path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name_or_path, local_files_only=True, trust_remote_code=False)
+
+
+def _read_without_torch(name_or_path: str) -> Any:
+    if "torch" in sys.modules or "transformers" in sys.modules:  # nothing left to save
+        return _read(name_or_path)
+    with _torch_hidden():
+        return _read(name_or_path)
+
+
+@contextmanager
+def _torch_hidden() -> Iterator[None]:
+    """Make `import torch` fail, as None in sys.modules does, and keep transformers from remarking on it."""
+    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(quiet)
+    os.environ[quiet] = "1"
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+        if before is None:
+            del os.environ[quiet]
+        else:
+            os.environ[quiet] = before
 
 
 def token_to_id_of(tokenizer: Any) -> dict[str, int]:

@@ -1,46 +1,65 @@
-"""Writes PREFIX.bin and PREFIX.idx as a stream: memory does not grow with the number of documents.
+"""Writes a pair of token files as a stream that can be taken up again; memory does not grow with the data.
 
-The bytes are those of megatron.core's IndexedDatasetBuilder. Everything goes to `.partial` files first. On finish
-the old index is removed, then .bin and .idx are renamed in that order: a run killed at any moment leaves the old
-pair, no index (which every loader refuses), or the new pair, never an old index beside new tokens.
+The bytes are those of megatron.core's IndexedDatasetBuilder. A pair grows under a working name, STEM.bin with
+STEM.lengths and STEM.bounds beside it; `complete` makes STEM.idx of the tables, `install_pair` renames. A run killed
+at any moment leaves under the final name the old pair, no index (which every loader refuses) or the new pair, never
+an old index beside new tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-import shutil
-import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from megatron_let.data.indexed import BOUND_BYTES, CODE_OF_DTYPE, HEADER, LENGTH_BYTES, MAGIC, VERSION
 from megatron_let.data.manifest import manifest_path
+from megatron_let.errors import ConfigError
 
-# Lengths read back at a time when pointers are made from them.
-_CHUNK_SEQUENCES = 1 << 20
+# Read back at a time: lengths that pointers are made from, and tokens whose digest is taken.
+_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class WriterState:
+    """How much of a pair is safely on disk: where a killed run's files are cut before it goes on."""
+
+    documents: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    digest: str = ""
+    """SHA-256 of the tokens so far, hex."""
 
 
 class IndexedWriter:
-    """Writes one pair of files; leaving the `with` block without `finish` removes what was written."""
+    """Writes one pair under a working name; takes up what `state` says is there."""
 
-    def __init__(self, prefix: str, dtype: str) -> None:
-        self.prefix = prefix
+    def __init__(self, stem: Path, dtype: str, state: WriterState | None = None) -> None:
+        """Open the working files.
+
+        Raises:
+            ConfigError: `state` is given and the files do not hold what it says.
+        """
+        self.stem = stem
         self.dtype = np.dtype(dtype)
-        self.documents = 0
-        self.sequences = 0
-        self.tokens = 0
-        self._data_path, self._index_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-        self._data_path.parent.mkdir(parents=True, exist_ok=True)
-        self._data = _partial(self._data_path).open("wb")
-        self._index = _partial(self._index_path).open("w+b")
-        # Bounds come after the pointers, whose number is known only at the end. A file without a name: no litter.
-        self._bounds = tempfile.TemporaryFile(dir=self._data_path.parent)  # noqa: SIM115 (closed in __exit__)
-        self._index.write(bytes(HEADER.size))
-        self._bounds.write(bytes(BOUND_BYTES))
-        self._finished = False
+        self.documents = self.sequences = self.tokens = 0
+        self._hash = hashlib.sha256()
+        mode = "r+b" if state else "w+b"
+        paths = [working_file(stem, kind) for kind in ("bin", "lengths", "bounds")]
+        self._data, self._lengths, self._bounds = (path.open(mode) for path in paths)
+        if state:
+            try:
+                self._take_up(state)
+            except ConfigError:
+                self.close()
+                raise
 
     def add_documents(self, tokens: bytes, lengths: bytes, sequence_counts: bytes) -> None:
         """Append whole documents.
@@ -50,35 +69,58 @@ class IndexedWriter:
         """
         length_array = np.frombuffer(lengths, dtype=np.int32)
         count_array = np.frombuffer(sequence_counts, dtype=np.int32)
-        num_tokens = len(tokens) // self.dtype.itemsize
-        assert int(length_array.sum(dtype=np.int64)) == num_tokens, "lengths do not add up to the tokens"
+        assert int(length_array.sum(dtype=np.int64)) * self.dtype.itemsize == len(tokens), (
+            "lengths do not add up to the tokens"
+        )
         assert int(count_array.sum(dtype=np.int64)) == len(length_array), (
             "counts do not add up to the sequences"
         )
-        self._data.write(tokens)
-        self._index.write(lengths)
-        self._bounds.write((self.sequences + np.cumsum(count_array, dtype=np.int64)).tobytes())
-        self.documents += len(count_array)
-        self.sequences += len(length_array)
-        self.tokens += num_tokens
+        self.add_bounds(np.cumsum(count_array, dtype=np.int64))
+        self.add_lengths(length_array)
+        self.add_tokens(tokens)
 
-    def finish(self) -> None:
-        """Complete the index and put both files under their names; the old manifest goes after the old index."""
-        self._write_pointers()
-        self._bounds.seek(0)
-        shutil.copyfileobj(self._bounds, self._index)
-        self._index.seek(0)
-        code = CODE_OF_DTYPE[self.dtype.name]
-        self._index.write(HEADER.pack(MAGIC, VERSION, code, self.sequences, self.documents + 1))
-        for stream in (self._data, self._index):
+    def add_tokens(self, tokens: bytes) -> None:
+        """Append ids only; their lengths and bounds are for the caller to add."""
+        self._data.write(tokens)
+        self._hash.update(tokens)
+        self.tokens += len(tokens) // self.dtype.itemsize
+
+    def add_bounds(self, bounds: Any) -> None:
+        """Append documents by where each ends: int64 [documents], in sequences after those that are there already."""
+        self._bounds.write((self.sequences + bounds).tobytes())
+        self.documents += len(bounds)
+
+    def add_lengths(self, lengths: Any) -> None:
+        """Append sequences: int32 [sequences], in tokens."""
+        self._lengths.write(lengths.tobytes())
+        self.sequences += len(lengths)
+
+    def sync(self) -> WriterState:
+        """Bring everything to the disk and return what is there."""
+        for stream in (self._data, self._lengths, self._bounds):
             stream.flush()
             os.fsync(stream.fileno())
-        self._close()
-        self._index_path.unlink(missing_ok=True)
-        manifest_path(self.prefix).unlink(missing_ok=True)
-        _partial(self._data_path).replace(self._data_path)
-        _partial(self._index_path).replace(self._index_path)
-        self._finished = True
+        return WriterState(self.documents, self.sequences, self.tokens, self._hash.hexdigest())
+
+    def complete(self) -> tuple[str, str]:
+        """Write STEM.idx, drop the tables, and return the SHA-256 of .bin and .idx (hex)."""
+        state = self.sync()
+        index_hash = hashlib.sha256()
+        with working_file(self.stem, "idx").open("wb") as index:
+            for part in self._index_parts():
+                index.write(part)
+                index_hash.update(part)
+            index.flush()
+            os.fsync(index.fileno())
+        self.close()
+        for kind in ("lengths", "bounds"):
+            working_file(self.stem, kind).unlink()
+        return state.digest, index_hash.hexdigest()
+
+    def close(self) -> None:
+        """Close the working files, which stay."""
+        for stream in (self._data, self._lengths, self._bounds):
+            stream.close()
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -86,31 +128,95 @@ class IndexedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
-        if not self._finished:
-            _partial(self._data_path).unlink(missing_ok=True)
-            _partial(self._index_path).unlink(missing_ok=True)
+        self.close()
 
-    def _write_pointers(self) -> None:
-        """Append each sequence's byte offset, made from the lengths already in the file, chunk by chunk."""
+    def _take_up(self, state: WriterState) -> None:
+        """Cut the files back to `state` and check that the tokens are those that were written."""
+        sizes = {
+            self._data: state.tokens * self.dtype.itemsize,
+            self._lengths: state.sequences * LENGTH_BYTES,
+            self._bounds: state.documents * BOUND_BYTES,
+        }
+        for stream, size in sizes.items():
+            if os.fstat(stream.fileno()).st_size < size:
+                raise _damaged(Path(stream.name))
+            stream.truncate(size)
+        for block in _blocks(self._data):
+            self._hash.update(block)
+        if self._hash.hexdigest() != state.digest:
+            raise _damaged(Path(self._data.name))
+        for stream in sizes:
+            stream.seek(0, os.SEEK_END)
+        self.documents, self.sequences, self.tokens = state.documents, state.sequences, state.tokens
+
+    def _index_parts(self) -> Iterator[bytes]:
+        code = CODE_OF_DTYPE[self.dtype.name]
+        yield HEADER.pack(MAGIC, VERSION, code, self.sequences, self.documents + 1)
+        yield from _blocks(self._lengths)
         offset = 0
-        for start in range(0, self.sequences, _CHUNK_SEQUENCES):
-            count = min(_CHUNK_SEQUENCES, self.sequences - start)
-            ends = np.cumsum(self._read_lengths(start, count), dtype=np.int64) * self.dtype.itemsize
-            pointers = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]]) + offset
-            self._index.seek(0, os.SEEK_END)
-            self._index.write(pointers.tobytes())
+        for block in _blocks(self._lengths):
+            ends = np.cumsum(np.frombuffer(block, dtype=np.int32), dtype=np.int64) * self.dtype.itemsize
+            yield (np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]]) + offset).tobytes()
             offset += int(ends[-1])
-        self._index.seek(0, os.SEEK_END)
-
-    def _read_lengths(self, start: int, count: int) -> Any:
-        self._index.seek(HEADER.size + LENGTH_BYTES * start)
-        return np.frombuffer(self._index.read(LENGTH_BYTES * count), dtype=np.int32)
-
-    def _close(self) -> None:
-        for stream in (self._data, self._index, self._bounds):
-            stream.close()
+        yield bytes(BOUND_BYTES)
+        yield from _blocks(self._bounds)
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
+def write_pair(prefix: str, dtype: str, parts: Iterable[tuple[Any, Any, Any]]) -> None:
+    """Write PREFIX.bin and PREFIX.idx of the parts, each as `IndexedWriter.add_documents` takes it."""
+    Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+    stem = Path(f"{prefix}.partial")
+    try:
+        with IndexedWriter(stem, dtype) as writer:
+            for part in parts:
+                writer.add_documents(*part)
+            writer.complete()
+        install_pair(stem, prefix)
+    finally:
+        remove_working_files(stem)
+
+
+def install_pair(stem: Path, prefix: str) -> None:
+    """Put a completed pair under its name; what a kill left undone is done by the next call.
+
+    The old index goes first, then the old manifest; then come the new tokens, the index, and the manifest if there
+    is one (STEM.manifest.json).
+    """
+    data, index = working_file(stem, "bin"), working_file(stem, "idx")
+    if data.exists():
+        Path(f"{prefix}.idx").unlink(missing_ok=True)
+        manifest_path(prefix).unlink(missing_ok=True)
+        data.replace(f"{prefix}.bin")
+    if index.exists():
+        index.replace(f"{prefix}.idx")
+    if (manifest := manifest_path(str(stem))).exists():
+        manifest.replace(manifest_path(prefix))
+    _sync_directory(Path(prefix).parent)
+
+
+def remove_working_files(stem: Path) -> None:
+    """Delete whatever a writer left under the working name."""
+    for kind in ("bin", "idx", "lengths", "bounds", "manifest.json"):
+        working_file(stem, kind).unlink(missing_ok=True)
+
+
+def working_file(stem: Path, kind: str) -> Path:
+    """Return the path of one working file of a pair."""
+    return stem.with_name(f"{stem.name}.{kind}")
+
+
+def _blocks(stream: IO[bytes]) -> Iterator[bytes]:
+    stream.seek(0)
+    return iter(lambda: stream.read(_CHUNK_BYTES), b"")
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make renames last; not every file system can."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    with suppress(OSError):
+        os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _damaged(path: Path) -> ConfigError:
+    return ConfigError(f"{path} does not hold what the stopped run wrote: give --restart to begin anew")

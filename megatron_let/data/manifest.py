@@ -14,7 +14,10 @@ from megatron_let.errors import ConfigError
 
 MANIFEST_VERSION = 1
 
-_NUMBERS = ("vocab_size", "eod", "max_token_id", "documents", "sequences", "tokens", "bytes")
+_NUMBERS = (
+    *("vocab_size", "eod", "max_token_id", "documents", "sequences", "tokens", "bytes"),
+    *("records", "eod_in_text"),
+)
 _TEXTS = ("tokenizer_type", "tokenizer_name", "dtype", "bin_sha256", "idx_sha256")
 
 
@@ -25,11 +28,28 @@ class SourceFile:
     path: str
     size: int
     """Bytes on disk, compressed where the file is."""
+    sha256: str = ""
+    """Of those bytes; empty in manifests that did not know it."""
+
+
+@dataclass(frozen=True)
+class SubsetCount:
+    """What one subset of a data set holds."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    """UTF-8 bytes of its texts."""
+
+    def __add__(self, other: SubsetCount) -> SubsetCount:
+        return SubsetCount(
+            self.documents + other.documents, self.tokens + other.tokens, self.bytes + other.bytes
+        )
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The record beside PREFIX.bin and PREFIX.idx. Documents in = `documents` + the sum of `skipped`."""
+    """The record beside PREFIX.bin and PREFIX.idx. `records` = `documents` + the sum of `skipped`."""
 
     tokenizer_type: str
     tokenizer_name: str
@@ -54,10 +74,17 @@ class Manifest:
     """Records that gave no document, by reason."""
     skipped_examples: tuple[str, ...] = ()
     """The first few of them: file, line, reason."""
+    records: int = 0
+    """Records read for these files; 0 in manifests that did not count them."""
+    subset: str | None = None
+    """The one subset that these files hold, where a run wrote a pair for each."""
+    subsets: Mapping[str, SubsetCount] = field(default_factory=dict)
+    """What each subset makes up, by the name in the records; "" is for documents without one."""
+    eod_in_text: int = 0
+    """How often a text held the end-of-document token itself, written out."""
     bin_sha256: str = ""
-    """SHA-256 of PREFIX.bin, in hex; "" when it is not known."""
     idx_sha256: str = ""
-    """The same of PREFIX.idx."""
+    """Of the two files; empty in manifests that did not know them."""
     tool_version: str = ""
     version: int = MANIFEST_VERSION
 
@@ -119,8 +146,7 @@ def require_manifest_of(manifest: Manifest, summary: IndexedSummary) -> None:
 
 
 def _from_json(content: dict[str, Any], path: Path) -> Manifest:
-    known = {item.name for item in fields(Manifest)}
-    values = {name: value for name, value in content.items() if name in known}
+    values = _known(Manifest, content)
     wrong = [name for name in _NUMBERS if name in values and type(values[name]) is not int]
     wrong += [name for name in _TEXTS if name in values and not isinstance(values[name], str)]
     if not isinstance(values.get("tokenizer_fingerprint", ""), str | None):
@@ -128,8 +154,18 @@ def _from_json(content: dict[str, Any], path: Path) -> Manifest:
     if wrong:
         raise ConfigError(f"{path} is damaged: no proper {', '.join(wrong)}; preprocess the data again")
     try:
-        values["sources"] = tuple(SourceFile(item["path"], item["size"]) for item in values["sources"])
+        values["sources"] = tuple(SourceFile(**_known(SourceFile, item)) for item in values["sources"])
+        subsets: dict[str, dict[str, Any]] = values.get("subsets", {})
+        values["subsets"] = {
+            name: SubsetCount(**_known(SubsetCount, count)) for name, count in subsets.items()
+        }
         values["skipped_examples"] = tuple(values.get("skipped_examples", ()))
         return Manifest(**values)
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a whole manifest: {error}; preprocess the data again") from error
+
+
+def _known(kind: type, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what a later version may have added."""
+    names = {item.name for item in fields(kind)}
+    return {name: value for name, value in content.items() if name in names}

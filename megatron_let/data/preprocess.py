@@ -1,25 +1,44 @@
-"""JSON lines to indexed token files: read, encode in workers, write in order, account for every record."""
+"""Raw text to indexed token files: read, encode in workers, write in order, account for every record.
+
+A run keeps a journal (journal.py): killed at any moment and started again with the same arguments it goes on from its
+last chunk, and the files are those of a run that was never killed.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
 
 from megatron_let import __version__
 from megatron_let.data.batch_encoders import BatchEncoder
-from megatron_let.data.encoding import EncodedBlock, EncodedKey, EncodingRules, encode_block
+from megatron_let.data.blocks import Block
+from megatron_let.data.encoding import EncodedBlock, EncodingRules, encode_block
+from megatron_let.data.fast_encoder import choose_encoder
 from megatron_let.data.indexed import dtype_for_vocabulary
-from megatron_let.data.indexed_writer import IndexedWriter
-from megatron_let.data.manifest import Manifest, SourceFile, write_manifest
+from megatron_let.data.indexed_writer import install_pair
+from megatron_let.data.input_rules import InputRules
+from megatron_let.data.journal import Journal, WorkingDirectory, changed_arguments, write_synced
+from megatron_let.data.manifest import Manifest, read_manifest
+from megatron_let.data.outputs import ErrorPolicy, Outputs, counts_in_words
 from megatron_let.data.progress import ProgressMeter
-from megatron_let.data.sources import LineBlock, find_sources, read_blocks
+from megatron_let.data.readers import read_blocks
+from megatron_let.data.reading import Reading
+from megatron_let.data.records import RejectedRecord, records_of, utf8_size
+from megatron_let.data.sources import find_sources
+from megatron_let.data.subsets import blend_line, subset_report
 from megatron_let.data.tokenizers import Tokenizer
 from megatron_let.data.workers import map_in_order
 from megatron_let.errors import ConfigError, LetError
 
-_MAX_EXAMPLES = 10
+# What the fast encoder is tried on before the run: the first texts of so many sources, so much of each.
+_SAMPLED_SOURCES = 8
+_SAMPLED_CHARACTERS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -30,8 +49,23 @@ class PreprocessSettings:
     output_prefix: str
     json_keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
+    input_format: str = "auto"
+    text_documents: str = "file"
+    subset_key: str = "meta.pile_set_name"
+    split_by_subset: bool = False
+    subset_weights: Mapping[str, float] = field(default_factory=dict)
+    max_document_bytes: int = 128 << 20
+    invalid_utf8: str = "skip"
+    on_error: str = "skip"
+    max_error_fraction: float = 0.001
+    encoder: str = "auto"
+    restart: bool = False
+    """Begin anew where an unfinished run lies."""
     workers: int = 1
     log_interval: int = 1000
+    commit_seconds: float = 10.0
+    """Time between two entries of the journal: the work that a kill can cost."""
+    block_bytes: int = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -41,67 +75,210 @@ class _BlockEncoder:
     rules: EncodingRules
     encoder: BatchEncoder
 
-    def __call__(self, block: LineBlock) -> EncodedBlock:
+    def __call__(self, block: Block) -> EncodedBlock:
         return encode_block(block, self.rules, self.encoder)
-
-
-@dataclass
-class _KeyOutput:
-    """The pair being written for one key, and its account so far."""
-
-    writer: IndexedWriter
-    max_token_id: int = 0
-    text_bytes: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
-
-    def add(self, path: str, encoded: EncodedKey) -> None:
-        self.writer.add_documents(encoded.tokens, encoded.lengths, encoded.sequence_counts)
-        self.max_token_id = max(self.max_token_id, encoded.max_token_id)
-        self.text_bytes += encoded.text_bytes
-        self.skipped.update(encoded.skipped_by_reason())
-        room = _MAX_EXAMPLES - len(self.examples)
-        self.examples += [f"{path}:{item.line}: {item.reason}" for item in encoded.skipped[:room]]
-
-
-def output_prefix_of(settings: PreprocessSettings, key: str) -> str:
-    """Return the data path of one key's pair, as Megatron-LM names it."""
-    return f"{settings.output_prefix}_{key}_document"
 
 
 def preprocess(
     settings: PreprocessSettings, tokenizer: Tokenizer, write_line: Callable[[str], None]
 ) -> dict[str, Manifest]:
-    """Write one pair of files and its manifest for each JSON key; return the manifests by key.
+    """Write a pair of files and its manifest for each JSON key (and subset); return the manifests by data path.
 
-    The bytes do not depend on the number of workers. `write_line` receives progress lines.
+    The bytes do not depend on the number of workers, nor on how often the run was killed. `write_line` receives
+    progress lines.
 
     Raises:
-        ConfigError: an impossible setting, an unreadable input, an unwritable output, a key without any document.
+        ConfigError: an impossible setting, an unreadable or changed input, too many unusable records, an unwritable
+            output, a key without any document.
         LetError: a worker died, or the disk is full.
     In every such case the files that were there before are left as they were.
     """
     _check_settings(settings)
-    sources = find_sources(settings.inputs)
-    rules = EncodingRules(
-        json_keys=settings.json_keys,
-        dtype=dtype_for_vocabulary(tokenizer.vocab_size),
-        append_eod=settings.append_eod,
-        eod=tokenizer.eod,
-    )
-    meter = ProgressMeter(sum(source.size for source in sources), settings.log_interval, write_line)
-    try:
-        with ExitStack() as stack:
-            outputs = {key: _open_output(settings, key, rules.dtype, stack) for key in settings.json_keys}
-            encode = _BlockEncoder(rules, tokenizer.batch_encoder())
-            for block in map_in_order(encode, _all_blocks(sources), settings.workers):
-                _take(block, outputs, meter)
-            write_line(meter.line())
-            return _finish(outputs, rules, tokenizer, sources)
-    except OSError as error:
-        raise LetError(
-            f"cannot write {settings.output_prefix}: {error.strerror}; nothing was written over"
-        ) from error
+    with WorkingDirectory(settings.output_prefix) as directory:
+        try:
+            journal = None if settings.restart else directory.read_journal()
+            if journal is None:
+                directory.clear()
+            if journal is None or not journal.installing:
+                journal = _Run(settings, tokenizer, directory, write_line).complete(journal)
+                directory.write_journal(journal)
+            else:
+                _require_same(journal, _arguments(settings, tokenizer))
+            return _install(directory, journal)
+        except OSError as error:
+            raise LetError(
+                f"cannot write {settings.output_prefix}: {error.strerror}; nothing was written over, and the same "
+                "command goes on where this one stopped"
+            ) from error
+
+
+class _Run:
+    """One run, from its first block or from where a stopped one left off, to complete pairs."""
+
+    def __init__(
+        self,
+        settings: PreprocessSettings,
+        tokenizer: Tokenizer,
+        directory: WorkingDirectory,
+        write_line: Callable[[str], None],
+    ) -> None:
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._directory = directory
+        self._write_line = write_line
+        self._arguments = _arguments(settings, tokenizer)
+        self._rules = EncodingRules(
+            json_keys=settings.json_keys,
+            dtype=dtype_for_vocabulary(tokenizer.vocab_size),
+            append_eod=settings.append_eod,
+            eod=tokenizer.eod,
+            subset_key=settings.subset_key,
+            split_by_subset=settings.split_by_subset,
+            replace_invalid_utf8=settings.invalid_utf8 == "replace",
+        )
+        self._input_rules = InputRules(
+            input_format=settings.input_format,
+            text_documents=settings.text_documents,
+            columns=tuple(dict.fromkeys([*settings.json_keys, settings.subset_key.split(".")[0]])),
+            max_document_bytes=settings.max_document_bytes,
+            block_bytes=settings.block_bytes,
+        )
+        self._reading = Reading(find_sources(settings.inputs, self._input_rules))
+        self._outputs = Outputs(directory.path, self._rules)
+
+    def complete(self, journal: Journal | None) -> Journal:
+        """Encode everything that is left and return the journal of a run whose pairs are complete."""
+        try:
+            if journal is not None:
+                self._take_up(journal)
+            self._encode_all()
+            sources = self._reading.finished
+            done = self._outputs.complete(self._settings.output_prefix, self._tokenizer, sources)
+            pairs = [[stem.name, prefix] for prefix, (stem, _) in done.items()]
+            manifests = {prefix: manifest for prefix, (_, manifest) in done.items()}
+            files = self._write_subset_files(manifests) if self._settings.split_by_subset else []
+            return Journal(self._arguments, {"pairs": pairs, "files": files}, installing=True)
+        finally:
+            self._outputs.close()
+
+    def _take_up(self, journal: Journal) -> None:
+        _require_same(journal, self._arguments)
+        self._reading.take_up(journal.progress["reading"])
+        self._outputs.take_up(journal.progress["outputs"])
+        self._write_line(f"going on after {self._reading.disk_bytes / 1e6:,.1f} MB of input")
+
+    def _encode_all(self) -> None:
+        settings, outputs, reading = self._settings, self._outputs, self._reading
+        policy = ErrorPolicy(settings.on_error == "stop", settings.max_error_fraction)
+        meter = ProgressMeter(
+            reading.total_bytes, settings.log_interval, self._write_line, read_before=reading.disk_bytes
+        )
+        blocks = reading.blocks(self._input_rules)
+        first = next(blocks, None)
+        encode = _BlockEncoder(self._rules, self._choose_encoder(first))
+        committed = time.monotonic()
+        for block in map_in_order(
+            encode, chain([first] if first else [], blocks), settings.workers, size_of=_size_of
+        ):
+            outputs.add(block, policy)
+            reading.advance(block)
+            meter.add(
+                documents=block.num_records,
+                tokens=sum(part.num_tokens for part in block.parts),
+                content_bytes=block.num_bytes,
+                read_bytes=reading.disk_bytes,
+            )
+            if time.monotonic() - committed >= settings.commit_seconds:
+                self._commit()
+                committed = time.monotonic()
+        self._write_line(meter.line())
+
+    def _commit(self) -> None:
+        """Note in the journal what is written, once it is on the disk."""
+        progress = {"outputs": self._outputs.state(), "reading": self._reading.state()}
+        self._directory.write_journal(Journal(self._arguments, progress))
+
+    def _choose_encoder(self, first: Block | None) -> BatchEncoder:
+        """Take the fastest encoder that gives the tokenizer's very ids on the first texts of several sources."""
+        sample = _sample_of(first, self._rules) if first else []
+        for source in self._reading.sources[len(self._reading.finished) + 1 :][: _SAMPLED_SOURCES - 1]:
+            if (
+                source.size is not None and not source.is_parquet
+            ):  # parquet is read whole before its first block
+                sample += _sample_of(next(read_blocks(source, self._input_rules)), self._rules)
+        encoder, line = choose_encoder(self._tokenizer.batch_encoder(), sample, self._settings.encoder)
+        self._write_line(line)
+        return encoder
+
+    def _write_subset_files(self, manifests: Mapping[str, Manifest]) -> list[list[str]]:
+        """Write the blend and the account of a run by subset under working names; return those and the final names."""
+        files: list[list[str]] = []
+        for key, account in self._outputs.accounts.items():
+            own = {prefix: manifest for prefix, manifest in manifests.items() if manifest.json_key == key}
+            line = blend_line(own, self._settings.subset_weights)
+            report = json.dumps(subset_report(account.state(), own, line), indent=2)
+            for name, text in ((f"{key}_subsets.json", report), (f"{key}_blend.txt", line)):
+                write_synced(self._directory.path / name, f"{text}\n")
+                files.append([name, f"{self._settings.output_prefix}_{name}"])
+        return files
+
+
+def _sample_of(block: Block, rules: EncodingRules) -> list[str]:
+    """Return the beginning of the usable texts of a block."""
+    found: list[str] = []
+    left = _SAMPLED_CHARACTERS
+    for record in records_of(block, text_key=rules.json_keys[0]):
+        for key in rules.json_keys:
+            with suppress(RejectedRecord):
+                texts = [text[:left] for text in record.take_texts(key)]
+                utf8_size(texts)
+                found += texts
+                left -= sum(map(len, texts))
+        if left <= 0:
+            break
+    return found
+
+
+def _install(directory: WorkingDirectory, journal: Journal) -> dict[str, Manifest]:
+    """Put complete pairs under their names, those that a killed run did not get to as well."""
+    for stem, prefix in journal.progress["pairs"]:
+        install_pair(directory.path / stem, prefix)
+    for name, final in journal.progress["files"]:
+        if (directory.path / name).exists():
+            (directory.path / name).replace(final)
+    manifests = {prefix: read_manifest(prefix) for _, prefix in journal.progress["pairs"]}
+    directory.remove()
+    return {prefix: manifest for prefix, manifest in manifests.items() if manifest is not None}
+
+
+def _size_of(block: Block) -> int:
+    return len(block.content)
+
+
+def _arguments(settings: PreprocessSettings, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what decides over the bytes, in JSON values: a stopped run with others cannot go on."""
+    return {
+        "--input": list(settings.inputs),
+        "--json-keys": list(settings.json_keys),
+        "--append-eod": settings.append_eod,
+        "--input-format": settings.input_format,
+        "--text-documents": settings.text_documents,
+        "--subset-key": settings.subset_key,
+        "--split-by-subset": settings.split_by_subset,
+        "--subset-weights": dict(settings.subset_weights),
+        "--max-document-bytes": settings.max_document_bytes,
+        "--invalid-utf8": settings.invalid_utf8,
+        "the tokenizer": hashlib.sha256(tokenizer.batch_encoder().definition()).hexdigest(),
+        "the version of megatron_let": __version__,
+    }
+
+
+def _require_same(journal: Journal, arguments: Mapping[str, Any]) -> None:
+    if changes := changed_arguments(arguments, journal.arguments):
+        raise ConfigError(
+            f"a stopped run lies under this --output-prefix, with other arguments ({changes}): give the same to go "
+            "on, or --restart to begin anew"
+        )
 
 
 def _check_settings(settings: PreprocessSettings) -> None:
@@ -112,58 +289,12 @@ def _check_settings(settings: PreprocessSettings) -> None:
         raise ConfigError(
             f"--workers {settings.workers} and --log-interval {settings.log_interval} must be at least 1"
         )
-
-
-def _open_output(settings: PreprocessSettings, key: str, dtype: str, stack: ExitStack) -> _KeyOutput:
-    prefix = output_prefix_of(settings, key)
-    try:
-        return _KeyOutput(stack.enter_context(IndexedWriter(prefix, dtype)))
-    except OSError as error:
-        raise ConfigError(f"cannot write {prefix}.bin: {error.strerror}") from error
-
-
-def _all_blocks(sources: Sequence[SourceFile]) -> Iterator[LineBlock]:
-    """Yield the blocks of all files, with positions counted over all of them."""
-    before = 0
-    for source in sources:
-        for block in read_blocks(source.path):
-            yield replace(block, position=before + block.position)
-        before += source.size
-
-
-def _take(block: EncodedBlock, outputs: Mapping[str, _KeyOutput], meter: ProgressMeter) -> None:
-    for key, encoded in block.keys.items():
-        outputs[key].add(block.path, encoded)
-    meter.add(
-        documents=block.num_lines,
-        tokens=sum(encoded.num_tokens for encoded in block.keys.values()),
-        content_bytes=block.num_bytes,
-        read_bytes=block.position,
-    )
-
-
-def _finish(
-    outputs: Mapping[str, _KeyOutput],
-    rules: EncodingRules,
-    tokenizer: Tokenizer,
-    sources: tuple[SourceFile, ...],
-) -> dict[str, Manifest]:
-    """Put all pairs under their names, or none when one of them would be empty."""
-    for key, output in outputs.items():
-        if output.writer.tokens == 0:
-            raise ConfigError(
-                f'no document has text under the key "{key}" ({_account(output.skipped)}; first: '
-                f"{output.examples[0]}): check --json-keys and --input"
-            )
-    manifests = {key: _manifest_of(output, key, rules, tokenizer, sources) for key, output in outputs.items()}
-    for key, output in outputs.items():
-        output.writer.finish()
-        write_manifest(output.writer.prefix, manifests[key])
-    return manifests
-
-
-def _account(skipped: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
+    if settings.max_document_bytes < 1:
+        raise ConfigError(f"--max-document-bytes {settings.max_document_bytes} must be at least 1")
+    if not 0 <= settings.max_error_fraction <= 1:
+        raise ConfigError(f"--max-error-fraction {settings.max_error_fraction} must be between 0 and 1")
+    if settings.subset_weights and not settings.split_by_subset:
+        raise ConfigError("--subset-weights needs --split-by-subset")
 
 
 def describe(manifest: Manifest, prefix: str) -> str:
@@ -172,32 +303,4 @@ def describe(manifest: Manifest, prefix: str) -> str:
     line = f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens ({manifest.dtype})"
     if not num_skipped:
         return f"{line}, nothing skipped"
-    return f"{line}, {num_skipped:,} records skipped: {_account(manifest.skipped)}"
-
-
-def _manifest_of(
-    output: _KeyOutput,
-    key: str,
-    rules: EncodingRules,
-    tokenizer: Tokenizer,
-    sources: tuple[SourceFile, ...],
-) -> Manifest:
-    return Manifest(
-        tokenizer_type=tokenizer.tokenizer_type,
-        tokenizer_name=tokenizer.name,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        eod=tokenizer.eod,
-        append_eod=rules.append_eod,
-        json_key=key,
-        dtype=rules.dtype,
-        max_token_id=output.max_token_id,
-        documents=output.writer.documents,
-        sequences=output.writer.sequences,
-        tokens=output.writer.tokens,
-        bytes=output.text_bytes,
-        sources=sources,
-        skipped=dict(sorted(output.skipped.items())),
-        skipped_examples=tuple(output.examples),
-        tool_version=__version__,
-    )
+    return f"{line}, {num_skipped:,} records skipped: {counts_in_words(manifest.skipped)}"

@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 class ProgressMeter:
     """Counts work done and says so, whenever another `log_interval` documents are through."""
 
-    total_bytes: int
-    """Size on disk of everything to read."""
+    total_bytes: int | None
+    """Size on disk of everything to read, None when it is not known."""
     log_interval: int
     """Documents between two lines."""
     write: Callable[[str], None]
     clock: Callable[[], float] = time.monotonic
     min_seconds: float = 1.0
     """Least time between two lines."""
+    read_before: int = 0
+    """Bytes on disk that an earlier, stopped run has read."""
     documents: int = 0
     tokens: int = 0
     content_bytes: int = 0
@@ -45,14 +47,23 @@ class ProgressMeter:
     def line(self) -> str:
         """Return the state in one line."""
         seconds = max(self.clock() - self._started, 1e-9)
-        done = self.read_bytes / self.total_bytes if self.total_bytes else 1.0
-        left = seconds * (1 - done) / done if done else 0.0
         return (
-            f"processed {self.documents:,} records, {100 * done:.1f} % of {self.total_bytes / 1e6:,.1f} MB | "
+            f"processed {self.documents:,} records, {self._share()} | "
             f"{self.content_bytes / 1e6 / seconds:.2f} MB/s, {self.documents / seconds:,.0f} records/s, "
-            f"{self.tokens / seconds:,.0f} tokens/s | elapsed {format_seconds(seconds)}, "
-            f"ETA {format_seconds(left)}"
+            f"{self.tokens / seconds:,.0f} tokens/s | elapsed {format_seconds(seconds)}, ETA {self._time_left(seconds)}"
         )
+
+    def _share(self) -> str:
+        if not self.total_bytes:
+            return f"{self.read_bytes / 1e6:,.1f} MB"
+        return f"{100 * self.read_bytes / self.total_bytes:.1f} % of {self.total_bytes / 1e6:,.1f} MB"
+
+    def _time_left(self, seconds: float) -> str:
+        read_now = self.read_bytes - self.read_before
+        left = 0 if self.total_bytes is None else self.total_bytes - self.read_bytes
+        if self.total_bytes is None or (left and not read_now):
+            return "unknown"
+        return format_seconds(seconds * left / max(read_now, 1))
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,16 +1,20 @@
-"""One JSON line to the texts of a document, or the reason why it gives none."""
+"""A block's content to records: each has its number, its place, and its texts or the reason why it gives none."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
-from megatron_let.data.sources import Line
+import orjson
+
+from megatron_let.data.blocks import Block, RecordKind
 
 BLANK_LINE = "blank_line"
 INVALID_UTF8 = "invalid_utf8"
 INVALID_JSON = "invalid_json"
 TRUNCATED_LAST_LINE = "truncated_last_line"
+TOO_LONG = "too_long"
 NOT_AN_OBJECT = "not_an_object"
 MISSING_KEY = "missing_key"
 NULL_TEXT = "null_text"
@@ -19,8 +23,11 @@ EMPTY_TEXT = "empty_text"
 LONE_SURROGATE = "lone_surrogate"
 NO_TOKENS = "no_tokens"
 NOT_ENCODABLE = "not_encodable"
+TOO_LONG_TO_ENCODE = "too_long_to_encode"
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Characters whose UTF-8 size is counted at a time: no second copy of a huge text.
+_SIZE_CHUNK = 1 << 20
 
 
 class RejectedRecord(Exception):
@@ -32,40 +39,103 @@ class RejectedRecord(Exception):
         return str(self.args[0])
 
 
-def parse_line(line: Line) -> dict[str, Any]:
+class Line(NamedTuple):
+    """One line of a source, without its newline."""
+
+    number: int
+    byte: int
+    """Where it begins in its source's content."""
+    content: memoryview
+    is_cut: bool
+    """It had no newline: the source ends here, perhaps too early."""
+
+
+class Record(NamedTuple):
+    """One record of a source: the values by key, or why there are none."""
+
+    number: int
+    byte: int
+    """Where it begins in its source's content."""
+    values: dict[str, Any]
+    rejection: str
+    """The reason, empty for a usable record."""
+
+    def take_texts(self, key: str) -> list[str]:
+        """Return the document under `key` and forget it here: a huge text is then held by the caller alone.
+
+        Raises:
+            RejectedRecord: there is none, see `texts_of`.
+        """
+        if self.rejection:
+            raise RejectedRecord(self.rejection)
+        texts = texts_of(self.values, key)
+        del self.values[key]
+        return texts
+
+
+def records_of(block: Block, *, text_key: str, replace_invalid_utf8: bool = False) -> Iterator[Record]:
+    """Yield the block's records, the unusable ones too.
+
+    text_key: the key under which a plain text appears, a text having no keys of its own.
+    replace_invalid_utf8: put U+FFFD where bytes are not UTF-8, instead of rejecting the record.
+    """
+    if block.too_long:
+        yield Record(block.first_record, block.first_byte, {}, TOO_LONG)
+        return
+    for line in _whole(block) if block.kind is RecordKind.TEXT_FILE else lines_of(block):
+        try:
+            if block.kind is RecordKind.JSON_LINES:
+                values = parse_line(line, replace_invalid_utf8=replace_invalid_utf8)
+            else:
+                values = {text_key: _text_of(line, block.kind, replace_invalid_utf8)}
+            yield Record(line.number, line.byte, values, "")
+        except RejectedRecord as rejected:
+            yield Record(line.number, line.byte, {}, rejected.reason)
+
+
+def lines_of(block: Block) -> Iterator[Line]:
+    """Yield the block's lines, as views: a huge line is not copied."""
+    content = block.content
+    view = memoryview(content)
+    number, start = block.first_record, 0
+    while (end := content.find(b"\n", start)) >= 0:
+        yield Line(number, block.first_byte + start, view[start:end], is_cut=False)
+        number, start = number + 1, end + 1
+    if start < len(content):
+        yield Line(number, block.first_byte + start, view[start:], is_cut=True)
+
+
+def parse_line(line: Line, *, replace_invalid_utf8: bool = False) -> dict[str, Any]:
     """Return the JSON object in one line.
 
-    A byte order mark is dropped from a file's first line. A line without newline that does not parse is the mark
-    of a file that was cut off.
+    A byte order mark is dropped from a source's first line. A line without newline that does not parse is the mark
+    of a source that was cut off.
 
     Raises:
         RejectedRecord: blank, not UTF-8, not JSON, or JSON but not an object.
     """
-    content = line.content.removeprefix(_BYTE_ORDER_MARK) if line.number == 1 else line.content
-    if not content.strip():
-        raise RejectedRecord(BLANK_LINE)
+    content = _without_mark(line)
     try:
-        record = json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise RejectedRecord(TRUNCATED_LAST_LINE if line.is_cut else INVALID_UTF8) from None
-    except (ValueError, RecursionError):  # ValueError: also a number of too many digits
-        raise RejectedRecord(TRUNCATED_LAST_LINE if line.is_cut else INVALID_JSON) from None
+        record = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        # The standard library takes more: NaN, half surrogate pairs. It decides.
+        record = _parse_slowly(bytes(content), line.is_cut, replace_invalid_utf8)
     if not isinstance(record, dict):
         raise RejectedRecord(NOT_AN_OBJECT)
     return record
 
 
-def texts_of(record: dict[str, Any], key: str) -> list[str]:
+def texts_of(record: Mapping[str, Any], key: str) -> list[str]:
     """Return the document under `key`: one text, or a list of texts that become one sequence each, as in Megatron.
 
     Raises:
         RejectedRecord: the key is absent or does not hold text that can be encoded.
     """
-    if key not in record:
-        raise RejectedRecord(MISSING_KEY)
-    value = record[key]
+    value = record.get(key)
+    if isinstance(value, str) and value:
+        return [value]
     if value is None:
-        raise RejectedRecord(NULL_TEXT)
+        raise RejectedRecord(NULL_TEXT if key in record else MISSING_KEY)
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
         raise RejectedRecord(NOT_TEXT)
@@ -81,6 +151,61 @@ def utf8_size(texts: list[str]) -> int:
         RejectedRecord: a text holds half a surrogate pair, which JSON can spell but UTF-8 cannot.
     """
     try:
-        return sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts)
+        return sum([len(text) if text.isascii() else _encoded_size(text) for text in texts])
     except UnicodeEncodeError:
         raise RejectedRecord(LONE_SURROGATE) from None
+
+
+def subset_of(record: Mapping[str, Any], path: tuple[str, ...]) -> str:
+    """Return the name at the end of a path of keys, or an empty string where there is none."""
+    value: Any = record
+    for key in path:
+        if not isinstance(value, dict):
+            return ""
+        value = value.get(key)
+    # A name that UTF-8 cannot hold could be written nowhere.
+    if not isinstance(value, str):
+        return ""
+    return value if value.isascii() else value.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _parse_slowly(content: bytes, is_cut: bool, replace_invalid_utf8: bool) -> Any:
+    """Parse with the standard library, which decides what is valid."""
+    if not content.strip():
+        raise RejectedRecord(BLANK_LINE)
+    try:
+        return json.loads(content.decode("utf-8", errors="replace" if replace_invalid_utf8 else "strict"))
+    except UnicodeDecodeError:
+        raise RejectedRecord(TRUNCATED_LAST_LINE if is_cut else INVALID_UTF8) from None
+    except (ValueError, RecursionError):  # ValueError: also a number of too many digits
+        raise RejectedRecord(TRUNCATED_LAST_LINE if is_cut else INVALID_JSON) from None
+
+
+def _whole(block: Block) -> Iterator[Line]:
+    if block.content:
+        yield Line(block.first_record, block.first_byte, memoryview(block.content), is_cut=False)
+
+
+def _text_of(line: Line, kind: RecordKind, replace_invalid_utf8: bool) -> str:
+    """Return a plain text's record. A line may end in CR LF."""
+    try:
+        text = str(_without_mark(line), "utf-8", "replace" if replace_invalid_utf8 else "strict")
+    except UnicodeDecodeError:
+        raise RejectedRecord(INVALID_UTF8) from None
+    if kind is RecordKind.TEXT_LINES:
+        text = text.removesuffix("\r")
+        if not text.strip(" \t\v\f\r"):
+            raise RejectedRecord(BLANK_LINE)
+    return text
+
+
+def _without_mark(line: Line) -> memoryview:
+    return line.content[3:] if line.byte == 0 and line.content[:3] == _BYTE_ORDER_MARK else line.content
+
+
+def _encoded_size(text: str) -> int:
+    if len(text) <= _SIZE_CHUNK:
+        return len(text.encode("utf-8"))
+    return sum(
+        len(text[start : start + _SIZE_CHUNK].encode("utf-8")) for start in range(0, len(text), _SIZE_CHUNK)
+    )

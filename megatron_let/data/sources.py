@@ -1,168 +1,172 @@
-"""Input files as blocks of whole lines: plain, gzip or zstd by their first bytes, never by their name.
-
-Only blocks travel on, so memory stays bounded by the block size and the longest line.
-"""
+"""Inputs found and checked before any work: what is wrong with one is said in the first second, not after hours."""
 
 from __future__ import annotations
 
-import gzip
+import hashlib
 import os
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import stat
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from io import BufferedReader
 from typing import BinaryIO
 
-from megatron_let.data.manifest import SourceFile
+from megatron_let.data.blocks import RecordKind
+from megatron_let.data.decompression import Compression, compression_of, content_chunks
+from megatron_let.data.formats import HEAD_BYTES, PARQUET_MAGIC, checked_content, require_readable
+from megatron_let.data.input_paths import data_suffix, expand_inputs
+from megatron_let.data.input_rules import STANDARD_INPUT, FoundSource, InputRules
+from megatron_let.data.parquet import require_parquet
+from megatron_let.data.raw_stream import RawStream, open_input, standard_input
 from megatron_let.errors import ConfigError
-from megatron_let.optional import has_zstandard
 
-BLOCK_BYTES = 1 << 18
-# Small, because one compressed chunk is expanded at once.
-_COMPRESSED_CHUNK_BYTES = 1 << 16
-
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-_REFUSED = {
-    b"PAR1": "a parquet file",
-    b"PK\x03\x04": "a zip file",
-    b"BZh": "a bzip2 file",
-    b"\xfd7zXZ": "an xz file",
-}
+# Little is enough to tell a file's format, and there may be thousands of files.
+_PROBE_BYTES = 1 << 13
+_EDGE_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
-class LineBlock:
-    """Whole lines of one file, in order. Only the last line of a file may lack its newline."""
-
-    path: str
-    first_line: int
-    """Number of the block's first line in its file, from 1."""
-    content: bytes
-    position: int
-    """Bytes of the file on disk that were read when this block was cut (compressed ones, where it is)."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of a file, without its newline."""
-
-    number: int
-    content: bytes
-    is_cut: bool
-    """It had no newline: the file ends here, perhaps too early."""
-
-
-def lines_of(block: LineBlock) -> Iterator[Line]:
-    """Yield the block's lines."""
-    lines = block.content.split(b"\n")
-    cut = lines.pop()
-    for number, content in enumerate(lines, start=block.first_line):
-        yield Line(number, content, is_cut=False)
-    if cut:
-        yield Line(block.first_line + len(lines), cut, is_cut=True)
-
-
-def find_sources(paths: Sequence[str]) -> tuple[SourceFile, ...]:
-    """Check the input files before any work and return them with their sizes.
+def find_sources(inputs: Sequence[str], rules: InputRules) -> tuple[FoundSource, ...]:
+    """Check the inputs (files, directories, globs, `-`) and return them in the order in which they will be read.
 
     Raises:
-        ConfigError: no input, a path that is not a file, an empty file, a file given twice, another format.
+        ConfigError: an input that is absent, no regular file, unreadable, empty, of another format, or there twice.
     """
-    if not paths:
-        raise ConfigError("--input names no file")
-    seen: set[Path] = set()
-    for path in paths:
-        if not os.path.isfile(path):
-            raise ConfigError(f"input {path} is not a file")
-        if Path(path).resolve() in seen:
-            raise ConfigError(f"input {path} is given twice: its documents would be counted twice")
-        seen.add(Path(path).resolve())
-        _check_format(path)
-    return tuple(SourceFile(path=str(path), size=Path(path).stat().st_size) for path in paths)
+    paths = expand_inputs(inputs)
+    statuses = {path: _status(path) for path in paths if path != STANDARD_INPUT}
+    _refuse_same_files([path for path in paths if path != STANDARD_INPUT], statuses)
+    sources = tuple(
+        _standard_input_source(rules) if path == STANDARD_INPUT else _file_source(path, statuses[path], rules)
+        for path in paths
+    )
+    _refuse_same_contents(sources)
+    return sources
 
 
-def read_blocks(path: str, block_bytes: int = BLOCK_BYTES) -> Iterator[LineBlock]:
-    """Yield the file's lines in blocks of about `block_bytes`, a longer line whole.
-
-    Raises:
-        ConfigError: the file cannot be read, or its compressed data is cut off or damaged.
-    """
-    first_line, parts, size = 1, list[bytes](), 0
-    with _open(path) as stream:
-        for chunk in _chunks(stream, path, block_bytes):
-            parts.append(chunk)
-            size += len(chunk)
-            if size < block_bytes or b"\n" not in chunk:
-                continue
-            end = chunk.rindex(b"\n") + 1
-            content = b"".join([*parts[:-1], chunk[:end]])
-            yield LineBlock(path, first_line, content, stream.tell())
-            first_line += content.count(b"\n")
-            parts, size = [chunk[end:]], len(chunk) - end
-        content = b"".join(parts)
-        if content:
-            yield LineBlock(path, first_line, content, stream.tell())
-
-
-def _check_format(path: str) -> None:
-    with _open(path) as stream:
-        start = stream.read(8)
-    if not start:
-        raise ConfigError(f"input {path} is empty")
-    for magic, kind in _REFUSED.items():
-        if start.startswith(magic):
-            raise ConfigError(f"input {path} is {kind}, not JSON lines (plain, .gz or .zst)")
-    if start.startswith(_ZSTD) and not has_zstandard():
-        raise ConfigError(
-            f"input {path} is compressed with zstd: install the package zstandard or decompress it"
-        )
-
-
-def _open(path: str) -> BinaryIO:
+def _status(path: str) -> os.stat_result:
     try:
-        return Path(path).open("rb")
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise ConfigError(f"input {path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read input {path}: {error}") from error
+    if stat.S_ISFIFO(status.st_mode):
+        # Opening it would wait for ever if nobody writes.
+        raise ConfigError(
+            f"input {path} is a pipe: give - as the input and pipe the data into standard input"
+        )
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(
+            f"input {path} is not a regular file: give files, directories or - for standard input"
+        )
+    if not status.st_size:
+        raise ConfigError(f"input {path} is empty: leave it out")
+    return status
+
+
+def _refuse_same_files(paths: Iterable[str], statuses: dict[str, os.stat_result]) -> None:
+    """Refuse one file under one path or, by links, under several."""
+    seen = dict[tuple[int, int], str]()
+    for path in paths:
+        identity = (statuses[path].st_dev, statuses[path].st_ino)
+        if identity in seen:
+            other = seen[identity]
+            same = "is given twice" if other == path else f"is the same file as {other}"
+            raise ConfigError(f"input {path} {same}: its documents would be counted twice; give it once")
+        seen[identity] = path
+
+
+def _standard_input_source(rules: InputRules) -> FoundSource:
+    stream = standard_input()
+    if rules.input_format == "parquet":
+        raise ConfigError("input - cannot be parquet: its table of contents stands at the end; name the file")
+    if stream.isatty():
+        raise ConfigError("input - is a terminal: pipe data into standard input or name files")
+    head = _peek(stream)
+    if compression_of(head) is Compression.NONE:
+        require_readable(head, "standard input")
+    return FoundSource(STANDARD_INPUT, None, 0, _kind(STANDARD_INPUT, rules), is_parquet=False)
+
+
+def _peek(stream: BinaryIO) -> bytes:
+    """Return some of the first bytes without taking them: none only if there are none. Waits for the first."""
+    assert isinstance(stream, BufferedReader), "standard input is buffered"
+    return stream.peek(HEAD_BYTES)[:HEAD_BYTES]
+
+
+def _file_source(path: str, status: os.stat_result, rules: InputRules) -> FoundSource:
+    with open_input(path) as stream:
+        is_parquet = _is_parquet(path, _read(stream, len(PARQUET_MAGIC), path), rules)
+        if not is_parquet:
+            stream.seek(0)
+            raw = RawStream(stream, path, read_bytes=_PROBE_BYTES)
+            checked_content(content_chunks(raw), path)
+    if is_parquet:
+        require_parquet(path)
+    kind = RecordKind.JSON_LINES if is_parquet else _kind(path, rules)
+    return FoundSource(path, status.st_size, status.st_mtime_ns, kind, is_parquet)
+
+
+def _is_parquet(path: str, head: bytes, rules: InputRules) -> bool:
+    is_meant = rules.input_format == "parquet" or (
+        rules.input_format == "auto" and data_suffix(path) == ".parquet"
+    )
+    if head == PARQUET_MAGIC and rules.input_format not in ("auto", "parquet"):
+        raise ConfigError(
+            f"input {path} is a parquet file and not {rules.input_format}: give auto or parquet as the input format"
+        )
+    if head != PARQUET_MAGIC and is_meant:
+        raise ConfigError(
+            f"input {path} is not a parquet file: it does not begin with PAR1; get it again, or leave it out"
+        )
+    return head == PARQUET_MAGIC
+
+
+def _kind(path: str, rules: InputRules) -> RecordKind:
+    is_text = rules.input_format == "text" or (rules.input_format == "auto" and data_suffix(path) == ".txt")
+    if not is_text:
+        return RecordKind.JSON_LINES
+    return RecordKind.TEXT_FILE if rules.text_documents == "file" else RecordKind.TEXT_LINES
+
+
+def _refuse_same_contents(sources: Iterable[FoundSource]) -> None:
+    """Refuse copies. Only files of one size are read: first their edges, then whole."""
+    for of_one_size in _groups(sources, lambda source: source.size):
+        for alike in _groups(of_one_size, _edge_digest):
+            for equal in _groups(alike, _whole_digest):
+                raise ConfigError(
+                    f"inputs {equal[0].path} and {equal[1].path} have the same content: their documents would be "
+                    "counted twice; give one of them"
+                )
+
+
+def _groups(
+    sources: Iterable[FoundSource], key: Callable[[FoundSource], Hashable]
+) -> Iterator[list[FoundSource]]:
+    """Yield those that share a key with another."""
+    groups = defaultdict[Hashable, list[FoundSource]](list)
+    for source in sources:
+        if source.size is not None:
+            groups[key(source)].append(source)
+    yield from (group for group in groups.values() if len(group) > 1)
+
+
+def _edge_digest(source: FoundSource) -> bytes:
+    with open_input(source.path) as stream:
+        digest = hashlib.sha256(_read(stream, _EDGE_BYTES, source.path))
+        stream.seek(max(0, (source.size or 0) - _EDGE_BYTES))
+        digest.update(_read(stream, _EDGE_BYTES, source.path))
+    return digest.digest()
+
+
+def _whole_digest(source: FoundSource) -> bytes:
+    digest = hashlib.sha256()
+    with open_input(source.path) as stream:
+        while piece := _read(stream, _EDGE_BYTES, source.path):
+            digest.update(piece)
+    return digest.digest()
+
+
+def _read(stream: BinaryIO, size: int, path: str) -> bytes:
+    try:
+        return stream.read(size)
     except OSError as error:
         raise ConfigError(f"cannot read input {path}: {error.strerror}") from error
-
-
-def _chunks(stream: BinaryIO, path: str, chunk_bytes: int) -> Iterator[bytes]:
-    """Yield the decompressed content. Nothing may end early without an error: that would be lost data."""
-    magic = stream.read(4)
-    stream.seek(0)
-    try:
-        if magic.startswith(_GZIP):
-            yield from _gzip_chunks(stream, chunk_bytes)
-        elif magic.startswith(_ZSTD):
-            yield from _zstd_chunks(stream)
-        else:
-            while chunk := stream.read(chunk_bytes):
-                yield chunk
-    except (EOFError, OSError, zlib.error) as error:
-        raise ConfigError(f"input {path} is cut off or damaged near byte {stream.tell()}: {error}") from error
-
-
-def _gzip_chunks(stream: BinaryIO, chunk_bytes: int) -> Iterator[bytes]:
-    with gzip.GzipFile(fileobj=stream, mode="rb") as content:
-        while chunk := content.read(chunk_bytes):
-            yield chunk
-
-
-def _zstd_chunks(stream: BinaryIO) -> Iterator[bytes]:
-    """Yield the frames' content. The library's own reader takes a cut-off file for a whole one; this does not."""
-    import zstandard
-
-    pending = stream.read(_COMPRESSED_CHUNK_BYTES)
-    while pending:
-        frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-        while not frame.eof:
-            pending = pending or stream.read(_COMPRESSED_CHUNK_BYTES)
-            if not pending:
-                raise EOFError("the last zstd frame has no end")
-            try:
-                chunk = frame.decompress(pending)
-            except zstandard.ZstdError as error:
-                raise OSError(str(error)) from error
-            pending = b""
-            if chunk:
-                yield chunk
-        pending = frame.unused_data or stream.read(_COMPRESSED_CHUNK_BYTES)

@@ -58,7 +58,7 @@ class Tokenizer(ABC):
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of `text`, without bos or eod."""
-        return self.batch_encoder().encode_batch([text])[0]
+        return self.batch_encoder().encode([text]).to_lists()[0]
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, Any]:
@@ -82,8 +82,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     tokenizer_type = "HuggingFaceTokenizer"
 
-    def __init__(self, name_or_path: str) -> None:
-        self._tokenizer = hf_directory.load_auto_tokenizer(name_or_path)
+    def __init__(
+        self, name_or_path: str, *, encode_special_tokens: bool = False, without_torch: bool = False
+    ) -> None:
+        self._tokenizer = hf_directory.load_auto_tokenizer(name_or_path, without_torch=without_torch)
+        if encode_special_tokens:
+            _take_special_tokens_as_text(self._tokenizer, name_or_path)
         self.name = _absolute(name_or_path)
         self.vocab_size = _largest_id(hf_directory.token_to_id_of(self._tokenizer), self.name) + 1
         self.eod = _require_eod(hf_directory.end_of_document_id_of(self._tokenizer), self.name)
@@ -106,8 +110,9 @@ class GPT2BPETokenizer(Tokenizer):
 
     tokenizer_type = "GPT2BPETokenizer"
 
-    def __init__(self, vocab_file: str, merge_file: str) -> None:
+    def __init__(self, vocab_file: str, merge_file: str, *, encode_special_tokens: bool = False) -> None:
         self._backend = _gpt2_backend(vocab_file, merge_file)
+        self._backend.encode_special_tokens = encode_special_tokens
         self.name = _absolute(vocab_file)
         token_to_id: Mapping[str, int] = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = _largest_id(token_to_id, self.name) + 1
@@ -176,18 +181,30 @@ def build_tokenizer(
     vocab_file: str | None = None,
     merge_file: str | None = None,
     vocab_size: int | None = None,
+    encode_special_tokens: bool = False,
+    without_torch: bool = False,
 ) -> Tokenizer:
     """Build the tokenizer that Megatron-LM's flags of the same names describe.
 
+    encode_special_tokens: encode a special token that is written out in a text as the ordinary text it is, instead
+    of taking it for the real one, as Megatron-LM does. SentencePiece models never take it for one.
+    without_torch: see `hf_directory.load_auto_tokenizer`; never for training.
+
     Raises:
-        ConfigError: unknown type, a flag that the type needs is absent, a missing or broken file, no eos.
+        ConfigError: unknown type, a flag that the type needs is absent, a missing or broken file, no eos, special
+        tokens that cannot be had as text.
     """
     if tokenizer_type == "HuggingFaceTokenizer":
-        return HuggingFaceTokenizer(_given(tokenizer_model, "--tokenizer-model", tokenizer_type))
+        return HuggingFaceTokenizer(
+            _given(tokenizer_model, "--tokenizer-model", tokenizer_type),
+            encode_special_tokens=encode_special_tokens,
+            without_torch=without_torch,
+        )
     if tokenizer_type == "GPT2BPETokenizer":
         return GPT2BPETokenizer(
             _given(vocab_file, "--vocab-file", tokenizer_type),
             _given(merge_file, "--merge-file", tokenizer_type),
+            encode_special_tokens=encode_special_tokens,
         )
     if tokenizer_type in SENTENCEPIECE_TYPES:
         return SentencePieceTokenizer(
@@ -198,6 +215,15 @@ def build_tokenizer(
             raise ConfigError("NullTokenizer needs --vocab-size of at least 1: the number of ids before eod")
         return NullTokenizer(vocab_size)
     raise ConfigError(f"--tokenizer-type {tokenizer_type} is not one of {', '.join(TOKENIZER_TYPES)}")
+
+
+def _take_special_tokens_as_text(tokenizer: Any, name: str) -> None:
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"tokenizer {name} is one without a Rust backend: special tokens written out in a text cannot be encoded "
+            "as ordinary text"
+        )
+    tokenizer.backend_tokenizer.encode_special_tokens = True
 
 
 def _gpt2_backend(vocab_file: str, merge_file: str) -> Any:

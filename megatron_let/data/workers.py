@@ -7,13 +7,16 @@ a dead parent closes all pipes, which ends the workers.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
@@ -22,16 +25,24 @@ from megatron_let.errors import LetError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# How far the reading may run ahead of a slow item, in items per worker: bounds the results held back.
+# How far the reading may run ahead of a slow item, in items per worker and in size altogether: bounds what is held.
 _LEAD_PER_WORKER = 4
+_LEAD_SIZE = 1 << 28
+# A block fits: the sender need not wait for the receiver to have time. What Linux lets any program have.
+_PIPE_BYTES = 1 << 20
 
 
 def map_in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], num_workers: int
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    num_workers: int,
+    *,
+    size_of: Callable[[Item], int] = lambda item: 0,
 ) -> Iterator[Result]:
     """Yield `function(item)` for each item, in order; with one worker in this very process.
 
-    `function` must be picklable. Workers are started afresh (not forked), so threads here do no harm.
+    `function` must be picklable. Workers are started afresh (not forked), so threads here do no harm. Items of large
+    `size_of` (bytes) are handed out one after another rather than all at once.
 
     Raises:
         LetError: a worker died or the function failed there; the message says which.
@@ -39,109 +50,131 @@ def map_in_order(
     if num_workers == 1:
         yield from map(function, items)
         return
-    team = _Team[Item, Result](function, num_workers)
+    team = _Team[Item, Result](function, num_workers, size_of)
     try:
         yield from team.run(items)
     finally:
         team.stop()
 
 
+@dataclass(frozen=True)
+class _Worker:
+    """One process, and our ends of its two pipes."""
+
+    process: BaseProcess
+    items: Connection
+    answers: Connection
+
+
 class _Team(Generic[Item, Result]):
     """The worker processes of one call and what each is busy with."""
 
-    def __init__(self, function: Callable[[Item], Result], num_workers: int) -> None:
+    def __init__(
+        self, function: Callable[[Item], Result], num_workers: int, size_of: Callable[[Item], int]
+    ) -> None:
         context = get_context("spawn")
-        self._workers: dict[Connection, BaseProcess] = {}
-        self._idle: list[Connection] = []
-        self._busy: dict[Connection, int] = {}
-        for _ in range(num_workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, function), daemon=True)
-            process.start()
-            theirs.close()  # so that the worker's death shows as the end of our side
-            self._workers[ours] = process
-            self._idle.append(ours)
+        self._size_of = size_of
+        self._workers = [_start(context, function) for _ in range(num_workers)]
+        self._idle = list(self._workers)
+        self._busy: dict[Connection, tuple[_Worker, int]] = {}
+        """By the pipe that the answer comes through: who works, on which item."""
 
     def run(self, items: Iterable[Item]) -> Iterator[Result]:
         """Hand out the items and yield the results in order."""
         stream = enumerate(items)
         results: dict[int, Result] = {}
-        next_result, num_sent, is_exhausted = 0, 0, False
+        sizes: dict[int, int] = {}  # of the items whose results are not yielded yet
+        next_result, is_exhausted = 0, False
         while True:
-            while self._idle and not is_exhausted and num_sent - next_result < self._lead:
+            while self._idle and not is_exhausted and self._has_room(sizes):
                 entry = next(stream, None)
                 if entry is None:
                     is_exhausted = True
                     break
+                sizes[entry[0]] = self._size_of(entry[1])
                 self._send(*entry)
-                num_sent += 1
-            if next_result == num_sent and is_exhausted:
+            if is_exhausted and not sizes:
                 return
             results.update(self._receive())
             while next_result in results:
                 yield results.pop(next_result)
+                del sizes[next_result]
                 next_result += 1
 
     def stop(self) -> None:
         """End every worker, working or not."""
-        for connection, process in self._workers.items():
-            connection.close()
-            process.terminate()
-        for process in self._workers.values():
-            process.join()
+        for worker in self._workers:
+            worker.items.close()
+            worker.answers.close()
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join()
 
-    @property
-    def _lead(self) -> int:
-        return _LEAD_PER_WORKER * len(self._workers)
+    def _has_room(self, sizes: Mapping[int, int]) -> bool:
+        return len(sizes) < _LEAD_PER_WORKER * len(self._workers) and sum(sizes.values()) < _LEAD_SIZE
 
     def _send(self, index: int, item: Item) -> None:
-        connection = self._idle.pop()
-        self._busy[connection] = index
+        worker = self._idle.pop()
+        self._busy[worker.answers] = worker, index
         try:
-            connection.send(item)
+            worker.items.send(item)
         except (BrokenPipeError, ConnectionResetError):
-            raise self._death_of(connection) from None
+            raise _death_of(worker.process) from None
 
     def _receive(self) -> dict[int, Result]:
         """Wait until at least one busy worker answers and return the answers by item number."""
         answers: dict[int, Result] = {}
         for connection in wait(list(self._busy)):
             assert isinstance(connection, Connection)
+            worker, index = self._busy[connection]
             try:
                 failure, answer = connection.recv()
             except (EOFError, ConnectionResetError):
-                raise self._death_of(connection) from None
+                raise _death_of(worker.process) from None
             if failure:
                 raise LetError(f"a worker process failed: {failure}")
-            answers[self._busy.pop(connection)] = answer
-            self._idle.append(connection)
+            answers[index] = answer
+            del self._busy[connection]
+            self._idle.append(worker)
         return answers
 
-    def _death_of(self, connection: Connection) -> LetError:
-        process = self._workers[connection]
-        process.join(timeout=5)
-        code = process.exitcode
-        cause = (
-            f"by signal {signal.Signals(-code).name}"
-            if code is not None and code < 0
-            else f"with code {code}"
-        )
-        return LetError(
-            f"a worker process ended {cause} (the system does this when memory runs out); "
-            "nothing was written over: run again, with fewer --workers if memory is short"
-        )
+
+def _start(context: SpawnContext, function: Callable[[Any], Any]) -> _Worker:
+    """Start a process that answers items. Two one-way pipes: unlike sockets, they can be made large."""
+    their_items, our_items = context.Pipe(duplex=False)
+    our_answers, their_answers = context.Pipe(duplex=False)
+    for end in (our_items, their_answers):
+        with suppress(OSError, AttributeError):  # the system's limit is lower, or it is not Linux
+            fcntl.fcntl(end.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    process = context.Process(target=_work, args=(their_items, their_answers, function), daemon=True)
+    process.start()
+    their_items.close()  # so that the worker's death shows as the end of our sides
+    their_answers.close()
+    return _Worker(process, our_items, our_answers)
 
 
-def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
+def _death_of(process: BaseProcess) -> LetError:
+    process.join(timeout=5)
+    code = process.exitcode
+    cause = (
+        f"by signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"with code {code}"
+    )
+    return LetError(
+        f"a worker process ended {cause} (the system does this when memory runs out); nothing was written over, and "
+        "the same command goes on where this one stopped, with fewer --workers if memory is short"
+    )
+
+
+def _work(items: Connection, answers: Connection, function: Callable[[Any], Any]) -> None:
     """Answer items until the pipe closes: (failure, result), where failure is empty when all went well."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the run, once
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker: --workers is the number of cores
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            item = connection.recv()
+            item = items.recv()
             try:
                 answer = ("", function(item))
             except Exception as error:
                 place = traceback.extract_tb(error.__traceback__)[-1]
                 answer = (f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})", None)
-            connection.send(answer)
+            answers.send(answer)

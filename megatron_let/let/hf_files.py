@@ -64,15 +64,6 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
     return config
 
 
-def check_layer(directory: Path, layer: int | None, num_layers: int) -> None:
-    """Raise ConfigError when the teacher in `directory` has no layer `layer` (1-based; None is the last)."""
-    if layer is not None and not 1 <= layer <= num_layers:
-        raise ConfigError(
-            f"--let-teacher-layer {layer}: the teacher in {directory} has layers 1 to {num_layers}; "
-            "leave the flag out for the last"
-        )
-
-
 def check_safetensors(directory: Path) -> None:
     """Open the header of every weight file, which also compares its length with what the header promises.
 

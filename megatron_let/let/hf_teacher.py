@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from megatron_let.errors import ConfigError
 from megatron_let.let.hf_files import (
-    check_layer,
     check_safetensors,
     config_error,
     quiet_transformers,
     read_config,
 )
-from megatron_let.let.teacher import Teacher
+from megatron_let.let.teacher import Teacher, check_layer
 
 LOAD_ERRORS = (
     OSError,

@@ -9,9 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from megatron_let.errors import ConfigError
 
 
 class Teacher(ABC):
@@ -53,6 +56,15 @@ class Teacher(ABC):
     @abstractmethod
     def parameters(self) -> Iterator[Tensor]:
         """Return the weights, none of which requires a gradient."""
+
+
+def check_layer(directory: Path, layer: int | None, num_layers: int) -> None:
+    """Raise ConfigError when the teacher in `directory` has no layer `layer` (1-based; None is the last)."""
+    if layer is not None and not 1 <= layer <= num_layers:
+        raise ConfigError(
+            f"--let-teacher-layer {layer}: the teacher in {directory} has layers 1 to {num_layers}; "
+            "leave the flag out for the last"
+        )
 
 
 def segment_states(teacher: Teacher, tokens: Tensor, document_starts: Tensor | None = None) -> Tensor:

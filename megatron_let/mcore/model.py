@@ -20,7 +20,6 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_let.config.run_config import RunConfig
-from megatron_let.mcore.kernel_checks import check_kernels
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.mcore.stock_layers import SdpaCoreAttention, StockNorm, stock_layer_spec
 from megatron_let.mcore.transformer_config import build_transformer_config, uses_transformer_engine
@@ -75,11 +74,7 @@ def build_student(
     """Build this rank's model chunks, move them to the device and wrap them.
 
     `vocab_size` ids are real; logits from there up to `padded_vocab_size` never take part in the softmax.
-
-    Raises:
-        ConfigError: a kernel asked for by name cannot be had here.
     """
-    check_kernels(config, is_on_gpu=context.is_on_gpu)
     core_config = build_transformer_config(config, is_on_gpu=context.is_on_gpu)
     stages: list[int | None] = [None] if context.vp_size is None else list(range(context.vp_size))
     chunks: list[torch.nn.Module] = []

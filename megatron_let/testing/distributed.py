@@ -23,8 +23,8 @@ import tempfile
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection as mp_connection
 from multiprocessing import get_context
@@ -32,6 +32,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 from megatron_let.testing.worker import Case, Outcome, WarningFilter, serve
 
@@ -160,7 +161,7 @@ class RankPool:
             stack_file = Path(self._directory, f"stacks_{len(self._workers)}.txt")
             # Not a daemon in multiprocessing's sense: those may not start writers of checkpoints or of data.
             program = context.Process(target=serve, args=(theirs, os.getpid(), str(stack_file)), daemon=False)
-            with _environment(self._environment):  # OpenMP reads its setting when torch is imported
+            with patch.dict(os.environ, self._environment):  # OpenMP reads its setting when torch is imported
                 program.start()
             theirs.close()
             self._workers.append(_Worker(program, ours, stack_file))
@@ -249,18 +250,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for the duration of a block."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

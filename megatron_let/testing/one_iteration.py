@@ -170,5 +170,7 @@ def write_spread_checkpoint(argv: Sequence[str], directory: Path, *, spread: flo
                 for parameter in chunk.parameters():
                     parameter.add_(torch.randn(parameter.shape, generator=random) * spread)
         parts, tokenizer = trainer.run.parts, trainer.run.tokenizer
-        save_checkpoint(config, context, parts, trainer.state, let_record=None, tokenizer=tokenizer)
+        save_checkpoint(
+            config, context, parts, trainer.state, let_record=None, choices=[], tokenizer=tokenizer
+        )
         trainer.run.reporter.close()

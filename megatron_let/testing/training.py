@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from megatron_let.config.derive import resolve
-from megatron_let.data.indexed_writer import IndexedWriter
+from megatron_let.data.indexed_writer import write_pair
 from megatron_let.errors import ConfigError
 from megatron_let.mcore.checkpoint import read_tensors, stored_entries
 from megatron_let.mcore.parallel import parallel_context
@@ -157,9 +157,7 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def write_token_files(prefix: Path, documents: Iterable[Sequence[int]]) -> None:
     """Write PREFIX.bin and PREFIX.idx of these documents (ids below 65,500), one sequence each."""
-    with IndexedWriter(str(prefix), "uint16") as writer:
-        for document in documents:
-            ids = np.asarray(document, dtype=np.uint16)
-            length = np.asarray([len(ids)], dtype=np.int32)
-            writer.add_documents(ids.tobytes(), length.tobytes(), np.ones(1, np.int32).tobytes())
-        writer.finish()
+    lists = (np.asarray(document, dtype=np.uint16) for document in documents)
+    one = np.ones(1, np.int32).tobytes()
+    parts = ((ids.tobytes(), np.asarray([len(ids)], dtype=np.int32).tobytes(), one) for ids in lists)
+    write_pair(str(prefix), "uint16", parts)

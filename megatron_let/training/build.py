@@ -11,6 +11,7 @@ from megatron_let.config.run_config import RunConfig
 from megatron_let.log import LOGGER
 from megatron_let.mcore.checkpoint import Parts
 from megatron_let.mcore.datasets import build_datasets
+from megatron_let.mcore.kernel_checks import check_kernels
 from megatron_let.mcore.model import build_student
 from megatron_let.mcore.optimizer import build_lr_scheduler, build_optimizer
 from megatron_let.mcore.parallel import ParallelContext
@@ -37,6 +38,7 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
         ConfigError: what was given cannot work; every rank raises it.
     """
     LOGGER.info(config.to_yaml())
+    check_kernels(config, is_on_gpu=context.is_on_gpu)
     check_save_directory(config, context)
     tokenizer = context.together(lambda: build_run_tokenizer(config))
     remembered = TokenizerRecord(tokenizer.vocab_size, tokenizer.fingerprint)
@@ -47,9 +49,8 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
         check_same_model(config, remembered, saved, directory)
     let_record = context.together(lambda: record_of_run(config, saved, total_iterations))
     completed = 0 if saved is None or config.checkpoint.finetune else int(saved["state"]["iteration"])
-    schedule = None if let_record is None else let_record.schedule()
-    needs_teacher = schedule is not None and schedule.is_active_at(completed)
-    needs_teacher = needs_teacher and not config.validation.skip_train
+    is_guided = let_record is not None and let_record.schedule().is_active_at(completed)
+    needs_teacher = is_guided and not config.validation.skip_train
     check_data(config, tokenizer, context, needs_teacher=needs_teacher)
     counts = usable_counts(config, sample_counts(config, total_iterations), context)
     data = build_datasets(config, tokenizer, counts, context)
@@ -65,7 +66,8 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
     alignment = None
     if needs_teacher and let_record is not None:
         alignment = build_alignment(config, context, student, let_record)
-    LOGGER.info(" | ".join(resolved_choices(config, context, student, let_record)))
+    choices = resolved_choices(config, context, student, let_record)
+    LOGGER.info(" | ".join(choices))
     run = Run(
         config=config,
         context=context,
@@ -74,6 +76,7 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
         forward_step=ForwardStep(config, context, tokenizer.eod, alignment),
         alignment=alignment,
         let_record=let_record,
+        choices=choices,
         reporter=build_reporter(
             config,
             context,

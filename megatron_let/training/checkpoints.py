@@ -21,7 +21,6 @@ from megatron_let.mcore.optimizer import load_schedule, schedule_state, set_lear
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.training import checkpoint_files as files
 from megatron_let.training.let_record import LetRecord
-from megatron_let.training.resolved import resolved_choices
 from megatron_let.training.state import TrainingState
 
 SETTINGS_FILE = "settings.yaml"
@@ -45,9 +44,12 @@ def save_checkpoint(
     state: TrainingState,
     *,
     let_record: LetRecord | None,
+    choices: list[str],
     tokenizer: TokenizerRecord,
 ) -> None:
     """Write the checkpoint of the current iteration; every rank calls this.
+
+    `choices` are what the run settled for where its settings left it open, in words.
 
     It is written aside, described by a manifest with sizes and checksums, then renamed, then the tracker moves: a
     kill at any moment leaves the previous checkpoint in place.
@@ -71,7 +73,6 @@ def save_checkpoint(
     _on_rank_0(context, root, lambda: files.prepare_partial(root, state.iteration))
     directory = files.partial_directory(root, state.iteration)
     save_content(directory, saved, context, iteration=state.iteration, run=run)
-    choices = resolved_choices(config, context, parts.student, let_record)
     _on_rank_0(context, root, lambda: _write_settings(directory, config, choices))
     share = (context.rank, context.world_size)
     described, error = _attempt(root, lambda: files.describe_files(directory, share=share))

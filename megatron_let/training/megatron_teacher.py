@@ -10,7 +10,7 @@ import torch
 
 from megatron_let.errors import ConfigError
 from megatron_let.let import Teacher
-from megatron_let.let.hf_files import check_layer
+from megatron_let.let.teacher import check_layer
 from megatron_let.mcore.checkpoint import RUN, load_common
 from megatron_let.mcore.frozen_gpt import FrozenGpt, load_frozen_gpt
 from megatron_let.mcore.parallel import ParallelContext

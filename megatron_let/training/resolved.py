@@ -6,13 +6,8 @@ from megatron_let.config.run_config import RunConfig
 from megatron_let.mcore.layer_tap import find_layer
 from megatron_let.mcore.model import Student
 from megatron_let.mcore.parallel import ParallelContext
-from megatron_let.mcore.transformer_config import uses_transformer_engine
+from megatron_let.mcore.transformer_config import available_fusions, uses_transformer_engine
 from megatron_let.training.let_record import LetRecord
-
-_FUSIONS = """
-    gradient_accumulation_fusion bias_dropout_fusion bias_activation_fusion apply_rope_fusion masked_softmax_fusion
-    persist_layer_norm cross_entropy_loss_fusion
-"""
 
 
 def resolved_choices(
@@ -20,7 +15,8 @@ def resolved_choices(
 ) -> list[str]:
     """Return in words which layers and fused kernels the student has, and what LET does; every rank must call this."""
     is_te = uses_transformer_engine(config, is_on_gpu=context.is_on_gpu)
-    fusions = [name for name in _FUSIONS.split() if getattr(student.core_config, name)]
+    kernels = (*available_fusions(config, is_on_gpu=context.is_on_gpu), "cross_entropy_loss_fusion")
+    fusions = [name for name in kernels if getattr(student.core_config, name)]
     named = ", ".join(name.removesuffix("_fusion").replace("_", " ") for name in fusions)
     return [
         f"layers: {'Transformer Engine' if is_te else 'stock (PyTorch attention)'}",

@@ -40,6 +40,7 @@ class Run:
     forward_step: ForwardStep
     alignment: Alignment | None
     let_record: LetRecord | None
+    choices: list[str]
     reporter: Reporter
     tokenizer: TokenizerRecord
     batches: BatchPlan
@@ -147,8 +148,7 @@ class Trainer:
 
     def _after_iteration(self) -> None:
         config, iteration = self.run.config, self.state.iteration
-        line = self._release_timer.line(is_last=iteration == self._total)
-        if line is not None:
+        if line := self._release_timer.line(is_last=iteration == self._total):
             self.run.reporter.say(line)
         if iteration % config.logging.log_interval == 0 or iteration == self._total:
             self._log()
@@ -196,9 +196,8 @@ class Trainer:
     def _save(self) -> None:
         """Save the current iteration unless it is saved already or there is nowhere to."""
         run = self.run
-        if run.config.checkpoint.save is None or self._last_saved == self.state.iteration:
-            return
-        if run.config.validation.skip_train:
+        is_saved = self._last_saved == self.state.iteration
+        if run.config.checkpoint.save is None or is_saved or run.config.validation.skip_train:
             return
         started = time.monotonic()
         with self._gathered():
@@ -208,6 +207,7 @@ class Trainer:
                 run.parts,
                 self.state,
                 let_record=run.let_record,
+                choices=run.choices,
                 tokenizer=run.tokenizer,
             )
         self._last_saved = self.state.iteration

@@ -1,9 +1,10 @@
-"""Records: what becomes a document, what is skipped and why; nothing is ever unaccounted for."""
+"""Blocks to tokens: what becomes a document, what is skipped and why; nothing is ever unaccounted for."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_let.data import records
-from megatron_let.data.batch_encoders import BackendEncoder, BatchEncoder
-from megatron_let.data.encoding import EncodedKey, EncodingRules, encode_block
-from megatron_let.data.sources import LineBlock
+from megatron_let.data.batch_encoders import BackendEncoder, BatchEncoder, EncodedTexts, join_ids
+from megatron_let.data.blocks import START, Block, RecordKind
+from megatron_let.data.encoding import (
+    EncodedBlock,
+    EncodedPart,
+    EncodingRules,
+    Skipped,
+    SubsetCount,
+    encode_block,
+)
+from megatron_let.data.long_texts import encode_texts
 from megatron_let.data.tokenizers import NullTokenizer
 
 RULES = EncodingRules(json_keys=("text",), dtype="uint16", append_eod=True, eod=0)
@@ -23,28 +32,60 @@ RULES = EncodingRules(json_keys=("text",), dtype="uint16", append_eod=True, eod=
 class CharacterEncoder(BatchEncoder):
     """One id a character; a text of spaces has none; a text with ! is refused."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    is_local = False
+
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
         if any("!" in text for text in texts):
             raise ValueError("no !")
-        return [[ord(character) for character in text.strip(" ")] for text in texts]
+        return join_ids([ord(character) for character in text.strip(" ")] for text in texts)
 
 
-def encode(content: bytes, rules: EncodingRules = RULES, encoder: BatchEncoder | None = None) -> EncodedKey:
-    """Encode a file of one block and check its account."""
-    block = encode_block(LineBlock("input", 1, content, len(content)), rules, encoder or CharacterEncoder())
-    encoded = block.keys[rules.json_keys[0]]
-    num_documents = len(np.frombuffer(encoded.sequence_counts, np.int32))
-    assert (
-        block.num_lines
-        == num_documents + len(encoded.skipped)
-        == content.count(b"\n") + (content[-1:] != b"\n")
+def block_of(
+    content: bytes, kind: RecordKind = RecordKind.JSON_LINES, *, record: int = 1, byte: int = 0
+) -> Block:
+    return Block(
+        path="input",
+        kind=kind,
+        first_record=record,
+        first_byte=byte,
+        content=content,
+        too_long=False,
+        is_last=True,
+        end=START,
     )
-    assert encoded.num_tokens == len(np.frombuffer(encoded.tokens, rules.dtype))
-    return encoded
 
 
-def ids_of(encoded: EncodedKey) -> list[int]:
-    ids: list[int] = np.frombuffer(encoded.tokens, np.uint16).tolist()
+def encode(
+    content: bytes, rules: EncodingRules = RULES, encoder: BatchEncoder | None = None
+) -> tuple[EncodedPart | None, tuple[Skipped, ...]]:
+    """Encode a file of one block and check its account; return its part, if any, and what was skipped."""
+    block = encode_block(block_of(content), rules, encoder or CharacterEncoder())
+    assert block.num_records == content.count(b"\n") + (content[-1:] != b"\n")
+    check_account(block, rules)
+    assert len(block.parts) <= 1
+    return (block.parts[0] if block.parts else None), block.skipped[rules.json_keys[0]]
+
+
+def check_account(block: EncodedBlock, rules: EncodingRules) -> None:
+    for key in rules.json_keys:
+        parts = [part for part in block.parts if part.key == key]
+        assert block.num_records == sum(part.num_documents for part in parts) + len(block.skipped[key])
+    for part in block.parts:
+        tokens = np.frombuffer(part.tokens, rules.dtype)
+        lengths = np.frombuffer(part.lengths, np.int32)
+        counts = np.frombuffer(part.sequence_counts, np.int32)
+        assert part.num_tokens == len(tokens) == lengths.sum() > 0
+        assert lengths.min() > 0
+        assert counts.min() > 0
+        assert len(lengths) == counts.sum()
+        assert part.max_token_id == tokens.max()
+        total = sum(part.subset_counts.values(), SubsetCount())
+        assert total == SubsetCount(part.num_documents, part.num_tokens, part.text_bytes)
+
+
+def ids_of(part: EncodedPart | None) -> list[int]:
+    assert part is not None
+    ids: list[int] = np.frombuffer(part.tokens, np.uint16).tolist()
     return ids
 
 
@@ -86,15 +127,15 @@ GOOD = b'{"text": "ab", "other": 1}\n'
 def test_each_bad_record_is_skipped_for_its_reason_and_its_neighbours_are_kept(
     line: bytes, reason: str
 ) -> None:
-    encoded = encode(GOOD + line + b"\n" + GOOD)
-    assert [(item.line, item.reason) for item in encoded.skipped] == [(2, reason)]
-    assert ids_of(encoded) == [97, 98, 0] * 2
+    part, skipped = encode(GOOD + line + b"\n" + GOOD)
+    assert skipped == (Skipped(record=2, byte=len(GOOD), reason=reason),)
+    assert ids_of(part) == [97, 98, 0] * 2
 
 
 @pytest.mark.parametrize("cut", [b'{"text": "ab', b'{"text": "\xe6\x97', b'{"te'])
 def test_a_cut_last_line_is_told_apart_and_a_whole_one_without_newline_is_kept(cut: bytes) -> None:
-    assert [item.reason for item in encode(GOOD + cut).skipped] == [records.TRUNCATED_LAST_LINE]
-    assert encode(GOOD + GOOD.rstrip(b"\n")).skipped == ()
+    assert encode(GOOD + cut)[1] == (Skipped(2, len(GOOD), records.TRUNCATED_LAST_LINE),)
+    assert encode(GOOD + GOOD.rstrip(b"\n"))[1] == ()
 
 
 @pytest.mark.parametrize(
@@ -112,47 +153,169 @@ def test_a_cut_last_line_is_told_apart_and_a_whole_one_without_newline_is_kept(c
     ],
 )
 def test_unusual_but_valid_records_are_kept(line: bytes, ids: list[int]) -> None:
-    encoded = encode(line + b"\n")
-    assert encoded.skipped == ()
-    assert ids_of(encoded) == [*ids, 0]
+    part, skipped = encode(line + b"\n")
+    assert skipped == ()
+    assert ids_of(part) == [*ids, 0]
 
 
 def test_a_byte_order_mark_belongs_on_the_first_line_only() -> None:
-    assert [item.reason for item in encode(GOOD + b"\xef\xbb\xbf" + GOOD).skipped] == [records.INVALID_JSON]
+    skipped = encode(GOOD + b"\xef\xbb\xbf" + GOOD)[1]
+    assert [item.reason for item in skipped] == [records.INVALID_JSON]
+    later = encode_block(block_of(b"\xef\xbb\xbf" + GOOD, record=3, byte=10), RULES, CharacterEncoder())
+    assert later.skipped["text"] == (Skipped(3, 10, records.INVALID_JSON),)
 
 
 def test_a_list_of_texts_is_one_document_of_several_sequences() -> None:
-    encoded = encode(b'{"text": ["ab", "", " ", "c"]}\n{"text": "d"}\n')
-    assert ids_of(encoded) == [97, 98, 99, 0, 100, 0]
-    assert np.frombuffer(encoded.lengths, np.int32).tolist() == [2, 2, 2]
-    assert np.frombuffer(encoded.sequence_counts, np.int32).tolist() == [2, 1]
-    assert encoded.text_bytes == 5
+    part, _ = encode(b'{"text": ["ab", "", " ", "c"]}\n{"text": "d"}\n')
+    assert part is not None
+    assert ids_of(part) == [97, 98, 99, 0, 100, 0]
+    assert np.frombuffer(part.lengths, np.int32).tolist() == [2, 2, 2]
+    assert np.frombuffer(part.sequence_counts, np.int32).tolist() == [2, 1]
+    assert part.text_bytes == 5
+
+
+def test_eod_ends_the_last_sequence_that_has_tokens() -> None:
+    part, _ = encode(b'{"text": ["ab", "c", " "]}\n{"text": [" "]}\n{"text": ["", "d"]}\n')
+    assert part is not None
+    assert ids_of(part) == [97, 98, 99, 0, 100, 0]
+    assert np.frombuffer(part.lengths, np.int32).tolist() == [2, 2, 2]
+    assert np.frombuffer(part.sequence_counts, np.int32).tolist() == [2, 1]
 
 
 def test_without_append_eod_only_the_texts_ids_are_written() -> None:
-    rules = EncodingRules(json_keys=("text",), dtype="uint16", append_eod=False, eod=0)
-    assert ids_of(encode(GOOD, rules)) == [97, 98]
+    assert ids_of(encode(GOOD, replace(RULES, append_eod=False))[0]) == [97, 98]
+
+
+@pytest.mark.parametrize("append_eod", [True, False])
+def test_an_eod_that_a_text_spells_is_counted_apart_from_the_appended_one(append_eod: bool) -> None:
+    part, _ = encode(b'{"text": "a\\u0000b\\u0000"}\n' + GOOD, replace(RULES, append_eod=append_eod))
+    assert part is not None
+    assert part.eod_in_text == 2
 
 
 def test_each_key_has_its_own_account() -> None:
-    rules = EncodingRules(json_keys=("text", "other"), dtype="uint16", append_eod=True, eod=0)
+    rules = replace(RULES, json_keys=("text", "other"))
     content = b'{"text": "a"}\n{"text": null, "other": "b"}\n'
-    block = encode_block(LineBlock("input", 1, content, len(content)), rules, CharacterEncoder())
-    assert ids_of(block.keys["text"]) == [97, 0]
-    assert ids_of(block.keys["other"]) == [98, 0]
-    assert [item.reason for item in block.keys["text"].skipped] == [records.NULL_TEXT]
-    assert [item.reason for item in block.keys["other"].skipped] == [records.MISSING_KEY]
+    block = encode_block(block_of(content), rules, CharacterEncoder())
+    check_account(block, rules)
+    assert [(part.key, ids_of(part)) for part in block.parts] == [("text", [97, 0]), ("other", [98, 0])]
+    assert [item.reason for item in block.skipped["text"]] == [records.NULL_TEXT]
+    assert [item.reason for item in block.skipped["other"]] == [records.MISSING_KEY]
 
 
-def test_an_id_too_large_for_the_type_is_never_wrapped() -> None:
+@pytest.mark.parametrize("append_eod", [True, False])
+def test_an_id_too_large_for_the_type_is_never_wrapped(append_eod: bool) -> None:
     tokenizer = NullTokenizer(70000)
+    rules = replace(RULES, append_eod=append_eod)
     with pytest.raises(OverflowError):
-        encode(b'{"text": "70000"}\n', encoder=tokenizer.batch_encoder())
-    rules = EncodingRules(json_keys=("text",), dtype="int32", append_eod=True, eod=tokenizer.eod)
-    encoded = encode(b'{"text": "69999 5"}\n{"text": "70001"}\n', rules, tokenizer.batch_encoder())
-    assert np.frombuffer(encoded.tokens, np.int32).tolist() == [69999, 5, 70000]
-    assert encoded.max_token_id == 70000
-    assert [item.reason for item in encoded.skipped] == [records.NOT_ENCODABLE]
+        encode(b'{"text": "5 70000"}\n', rules, tokenizer.batch_encoder())
+    with pytest.raises(OverflowError):
+        encode(b'{"text": "5"}\n', replace(RULES, eod=tokenizer.eod), tokenizer.batch_encoder())
+    part, skipped = encode(
+        b'{"text": "69999 5"}\n{"text": "70001"}\n',
+        replace(RULES, dtype="int32", eod=tokenizer.eod),
+        tokenizer.batch_encoder(),
+    )
+    assert part is not None
+    assert np.frombuffer(part.tokens, np.int32).tolist() == [69999, 5, 70000]
+    assert part.max_token_id == 70000
+    assert [item.reason for item in skipped] == [records.NOT_ENCODABLE]
+
+
+def test_a_text_too_long_to_be_encoded_is_skipped_by_that_name_and_the_others_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def encode_short(encoder: BatchEncoder, texts: Sequence[str]) -> EncodedTexts:
+        return encode_texts(encoder, texts, 1, max_whole_characters=4)
+
+    monkeypatch.setattr("megatron_let.data.encoding.encode_texts", encode_short)
+    content = b'{"text": "1 2"}\n{"text": "1 2 3 4"}\n{"text": "77"}\n{"text": "5"}\n'
+    part, skipped = encode(content, replace(RULES, eod=10), NullTokenizer(10).batch_encoder())
+    assert part is not None
+    assert np.frombuffer(part.tokens, np.uint16).tolist() == [1, 2, 10, 5, 10]
+    assert [(item.record, item.reason) for item in skipped] == [
+        (2, records.TOO_LONG_TO_ENCODE),
+        (3, records.NOT_ENCODABLE),
+    ]
+
+
+class NegativeEncoder(BatchEncoder):
+    """Gives an id that no embedding has."""
+
+    is_local = False
+
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
+        return EncodedTexts(np.full(len(texts), -1), np.ones(len(texts), dtype=np.int64))
+
+
+def test_a_negative_id_is_never_wrapped() -> None:
+    with pytest.raises(OverflowError):
+        encode(GOOD, encoder=NegativeEncoder())
+
+
+PILE = b"".join(
+    json.dumps({"text": text, "meta": {"pile_set_name": name}}).encode() + b"\n"
+    for text, name in [("a", "Wiki"), ("bc", "Git"), ("d", "Wiki"), (" ", "Git"), ("\u00e9", "Git")]
+)
+NAMELESS = b'{"text": "e"}\n{"text": "f", "meta": 5}\n{"text": "g", "meta": {"pile_set_name": ["Git"]}}\n'
+
+
+def test_subsets_are_counted_by_name() -> None:
+    part, skipped = encode(PILE + NAMELESS)
+    assert part is not None
+    assert part.subset is None
+    assert ids_of(part) == [97, 0, 98, 99, 0, 100, 0, 233, 0, 101, 0, 102, 0, 103, 0]
+    assert part.subset_counts == {
+        "Wiki": SubsetCount(documents=2, tokens=4, bytes=2),
+        "Git": SubsetCount(documents=2, tokens=5, bytes=4),
+        "": SubsetCount(documents=3, tokens=6, bytes=3),
+    }
+    assert [item.record for item in skipped] == [4]
+
+
+def test_split_by_subset_gives_each_subset_its_documents_in_their_order() -> None:
+    rules = replace(RULES, split_by_subset=True)
+    block = encode_block(block_of(PILE + NAMELESS), rules, CharacterEncoder())
+    check_account(block, rules)
+    assert {part.subset: ids_of(part) for part in block.parts} == {
+        "Wiki": [97, 0, 100, 0],
+        "Git": [98, 99, 0, 233, 0],
+        "": [101, 0, 102, 0, 103, 0],
+    }
+    assert all(set(part.subset_counts) == {part.subset} for part in block.parts)
+    assert [item.record for item in block.skipped["text"]] == [4]
+
+
+def test_the_path_to_the_subset_is_a_setting() -> None:
+    content = b'{"text": "a", "source": "web"}\n{"text": "a", "source": "\\ud800"}\n'
+    part, _ = encode(content, replace(RULES, subset_key="source"))
+    assert part is not None
+    assert set(part.subset_counts) == {"web", "?"}
+
+
+def test_a_record_that_was_too_long_and_an_empty_end_are_accounted_for() -> None:
+    too_long = replace(block_of(b"", record=7, byte=900), too_long=True)
+    encoded = encode_block(too_long, RULES, CharacterEncoder())
+    assert (encoded.num_records, encoded.parts) == (1, ())
+    assert encoded.skipped == {"text": (Skipped(7, 900, records.TOO_LONG),)}
+    end = encode_block(block_of(b"", record=7, byte=900), RULES, CharacterEncoder())
+    assert (end.num_records, end.parts, end.skipped, end.is_last) == (0, (), {"text": ()}, True)
+
+
+def test_plain_text_is_under_the_first_key_and_missing_under_the_others() -> None:
+    rules = replace(RULES, json_keys=("text", "other"))
+    lines = encode_block(block_of(b"ab\n\ncd", RecordKind.TEXT_LINES), rules, CharacterEncoder())
+    whole = encode_block(block_of(b"ab\n\ncd", RecordKind.TEXT_FILE), rules, CharacterEncoder())
+    for block in (lines, whole):
+        check_account(block, rules)
+    assert [ids_of(part) for part in lines.parts] == [[97, 98, 0, 99, 100, 0]]
+    assert [item.reason for item in lines.skipped["text"]] == [records.BLANK_LINE]
+    assert [item.reason for item in lines.skipped["other"]] == [
+        records.MISSING_KEY,
+        records.BLANK_LINE,
+        records.MISSING_KEY,
+    ]
+    assert [ids_of(part) for part in whole.parts] == [[97, 98, 10, 10, 99, 100, 0]]
 
 
 json_values = st.recursive(
@@ -180,12 +343,13 @@ def test_whatever_the_lines_are_each_is_written_or_skipped(backend: Any, lines: 
 def test_every_text_is_kept_exactly(backend: Any, texts: list[str], ascii_only: bool) -> None:
     content = b"".join(json.dumps({"text": text}, ensure_ascii=ascii_only).encode() + b"\n" for text in texts)
     rules = EncodingRules(json_keys=("text",), dtype="uint16", append_eod=False, eod=0)
-    encoded = encode(content, rules, BackendEncoder(backend))
-    ends = np.cumsum(np.frombuffer(encoded.lengths, np.int32)).tolist()
-    ids = ids_of(encoded)
+    part, _ = encode(content, rules, BackendEncoder(backend))
+    assert part is not None
+    ends = np.cumsum(np.frombuffer(part.lengths, np.int32)).tolist()
+    ids = ids_of(part)
     decoded = [
         backend.decode(ids[start:end], skip_special_tokens=False)
         for start, end in zip([0, *ends[:-1]], ends, strict=True)
     ]
     assert decoded == texts
-    assert encoded.text_bytes == sum(len(text.encode()) for text in texts)
+    assert part.text_bytes == sum(len(text.encode()) for text in texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_let.data import indexed_writer
 from megatron_let.data.indexed import check_indexed, dtype_for_vocabulary, max_token_id, read_document
-from megatron_let.data.indexed_writer import IndexedWriter
+from megatron_let.data.indexed_writer import write_pair
 from megatron_let.errors import ConfigError
 from tests.data.foreign import Documents, edit_index, write_with_core
 
@@ -22,18 +23,18 @@ DOCUMENTS: Documents = [[[1, 2, 3]], [[4], [5, 6]], [[7]]]
 
 
 def write_with_ours(prefix: Path, documents: Documents, dtype: str, per_call: int = 2) -> None:
-    with IndexedWriter(str(prefix), dtype) as writer:
-        for start in range(0, len(documents), per_call):
-            some = documents[start : start + per_call]
-            sequences = [sequence for document in some for sequence in document]
-            writer.add_documents(
-                np.array(
-                    [token_id for sequence in sequences for token_id in sequence], dtype=dtype
-                ).tobytes(),
-                np.array([len(sequence) for sequence in sequences], dtype=np.int32).tobytes(),
-                np.array([len(document) for document in some], dtype=np.int32).tobytes(),
-            )
-        writer.finish()
+    write_pair(str(prefix), dtype, parts_of(documents, dtype, per_call))
+
+
+def parts_of(documents: Documents, dtype: str, per_call: int) -> Iterator[tuple[bytes, bytes, bytes]]:
+    for start in range(0, len(documents), per_call):
+        some = documents[start : start + per_call]
+        sequences = [sequence for document in some for sequence in document]
+        yield (
+            np.array([token_id for sequence in sequences for token_id in sequence], dtype=dtype).tobytes(),
+            np.array([len(sequence) for sequence in sequences], dtype=np.int32).tobytes(),
+            np.array([len(document) for document in some], dtype=np.int32).tobytes(),
+        )
 
 
 def files_of(prefix: Path) -> tuple[bytes, bytes]:
@@ -67,7 +68,7 @@ def test_the_bytes_are_those_of_megatron_core(
 def test_pointers_are_right_across_the_chunks_they_are_made_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(indexed_writer, "_CHUNK_SEQUENCES", 3)
+    monkeypatch.setattr(indexed_writer, "_CHUNK_BYTES", 12)
     documents = [[[number] * (number % 4 + 1)] for number in range(11)]
     write_with_core(tmp_path / "core", documents, "int32")
     write_with_ours(tmp_path / "ours", documents, "int32")
@@ -213,15 +214,12 @@ def test_a_file_of_half_an_id_is_no_whole_pair(pair: Path) -> None:
 def test_a_failed_write_leaves_the_old_pair_and_no_litter(pair: Path) -> None:
     before = files_of(pair)
 
-    def fail() -> None:
-        with IndexedWriter(str(pair), "uint16") as writer:
-            writer.add_documents(
-                b"\1\0", np.array([1], np.int32).tobytes(), np.array([1], np.int32).tobytes()
-            )
-            raise KeyboardInterrupt
+    def parts() -> Iterator[tuple[bytes, bytes, bytes]]:
+        yield from parts_of(DOCUMENTS, "uint16", 1)
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fail()
+        write_pair(str(pair), "uint16", parts())
     assert files_of(pair) == before
     assert sorted(path.name for path in pair.parent.iterdir()) == ["pair.bin", "pair.idx"]
 

@@ -7,10 +7,12 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megatron_let.data import hf_directory
 from megatron_let.data.tokenizers import NO_PAD, SENTENCEPIECE_TYPES, build_tokenizer
 from megatron_let.errors import ConfigError
 
@@ -43,7 +45,7 @@ def edited_directory(source: Path, target: Path, **changes: Any) -> Path:
 
 def test_importing_the_module_loads_no_tokenizer_library() -> None:
     script = (
-        "import sys, megatron_let.data.tokenizers, megatron_let.data.preprocess\n"
+        "import sys, megatron_let.data.tokenizers, megatron_let.data.encoding\n"
         "print([name for name in ('torch', 'transformers', 'tokenizers', 'sentencepiece') if name in sys.modules])"
     )
     result = subprocess.run(
@@ -188,8 +190,71 @@ def test_encoders_give_the_same_ids_after_a_trip_to_another_process(
         build_tokenizer(tokenizer_type="Llama2Tokenizer", tokenizer_model=str(sentencepiece_model)),
     ):
         travelled = pickle.loads(pickle.dumps(tokenizer.batch_encoder()))
-        assert travelled.encode_batch([TEXT, "b"]) == [tokenizer.tokenize(TEXT), tokenizer.tokenize("b")]
+        assert travelled.encode([TEXT, "b"]).to_lists() == [tokenizer.tokenize(TEXT), tokenizer.tokenize("b")]
     assert 0 not in huggingface(split).tokenize(TEXT)  # the marker in the text is not an end of document here
+
+
+def test_special_tokens_written_out_can_be_had_as_text(
+    backend: Any, tokenizer_directory: Path, sentencepiece_model: Path, tmp_path: Path
+) -> None:
+    vocab_file, merge_file = save_gpt2_files(backend, tmp_path)
+    for flags in (with_model("HuggingFaceTokenizer", tokenizer_directory), gpt2(vocab_file, merge_file)):
+        real, text = (build_tokenizer(**flags, encode_special_tokens=wanted) for wanted in (False, True))
+        assert 0 in real.tokenize(TEXT)
+        assert 0 not in text.tokenize(TEXT)
+        assert text.detokenize(text.tokenize(TEXT)) == TEXT
+        assert (text.eod, text.fingerprint) == (real.eod, real.fingerprint)
+        travelled = pickle.loads(pickle.dumps(text.batch_encoder()))
+        assert travelled.encode([TEXT]).to_lists() == [text.tokenize(TEXT)]
+    flags = with_model("Llama2Tokenizer", sentencepiece_model)
+    real, text = (build_tokenizer(**flags, encode_special_tokens=wanted) for wanted in (False, True))
+    assert real.tokenize("a</s>") == text.tokenize("a</s>")
+    assert real.eod not in real.tokenize("a</s>")
+
+
+def test_a_tokenizer_written_in_python_cannot_take_special_tokens_as_text(
+    tokenizer_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SimpleNamespace(is_fast=False)
+    monkeypatch.setattr(hf_directory, "load_auto_tokenizer", lambda name, **settings: slow)
+    with pytest.raises(ConfigError, match="cannot be encoded as ordinary text"):
+        build_tokenizer(**with_model("HuggingFaceTokenizer", tokenizer_directory), encode_special_tokens=True)
+
+
+WITHOUT_TORCH = """
+import os, sys
+{first}
+from megatron_let.data.tokenizers import build_tokenizer
+tokenizer = build_tokenizer(
+    tokenizer_type="HuggingFaceTokenizer", tokenizer_model={directory!r}, without_torch={without_torch}
+)
+print(tokenizer.tokenize({text!r}), tokenizer.fingerprint)
+print("torch" in sys.modules, "TRANSFORMERS_NO_ADVISORY_WARNINGS" in os.environ)
+from importlib.util import find_spec
+print(find_spec("torch") is not None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "without_torch", "has_torch"),
+    [("", True, False), ("", False, True), ("import torch", True, True)],
+)
+def test_an_offline_tool_loads_the_same_tokenizer_without_torch(
+    tokenizer_directory: Path, first: str, without_torch: bool, has_torch: bool
+) -> None:
+    script = WITHOUT_TORCH.format(
+        first=first, directory=str(tokenizer_directory), without_torch=without_torch, text=TEXT
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300
+    )
+    expected = huggingface(tokenizer_directory)
+    assert result.stdout.splitlines() == [
+        f"{expected.tokenize(TEXT)} {expected.fingerprint}",
+        f"{has_torch} False",
+        "True",  # torch can be imported again afterwards
+    ]
+    assert result.stderr == ""
 
 
 def test_unique_identifiers_follow_the_vocabulary_and_not_its_path(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,3 +64,16 @@ def megatron_teacher(pool: RankPool, token_files: Path, tmp_path_factory: pytest
 def ours(pool: RankPool, token_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Ours:
     """Return the maker of our side."""
     return Ours(pool, token_files, tmp_path_factory.mktemp("spread"))
+
+
+@pytest.fixture(scope="session")
+def let_from_start(token_files: Path, teacher: Path, start: Path) -> dict[str, Any]:
+    """Return the flags of LET on layer 2 from the start checkpoint, with loss masks that differ."""
+    return {
+        "--data-path": token_files,
+        "--eod-mask-loss": None,
+        "--load": start,
+        "--finetune": None,
+        "--let-teacher-load": teacher,
+        "--let-student-layer": 2,
+    }

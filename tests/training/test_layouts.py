@@ -148,16 +148,11 @@ class References:
 
 @pytest.fixture(scope="session")
 def runs(
-    pool: RankPool, token_files: Path, teacher: Path, start: Path, tmp_path_factory: pytest.TempPathFactory
+    pool: RankPool, let_from_start: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> References:
     """Return the maker of runs: LET from one start checkpoint, five iterations, differing loss masks."""
     base = {
-        "--data-path": token_files,
-        "--eod-mask-loss": None,
-        "--load": start,
-        "--finetune": None,
-        "--let-teacher-load": teacher,
-        "--let-student-layer": 2,
+        **let_from_start,
         "--let-weight": 1.0,
         "--let-stop-iters": 5,
     }

@@ -45,16 +45,11 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def precision_runs(
-    pool: RankPool, token_files: Path, teacher: Path, start: Path, tmp_path_factory: pytest.TempPathFactory
+    pool: RankPool, let_from_start: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Runs:
     """Return the maker of runs: a weight at which the cosine rises visibly within eight iterations."""
     base = {
-        "--data-path": token_files,
-        "--eod-mask-loss": None,
-        "--load": start,
-        "--finetune": None,
-        "--let-teacher-load": teacher,
-        "--let-student-layer": 2,
+        **let_from_start,
         "--let-weight": 3.0,
         "--let-stop-iters": ITERATIONS,
         "--train-iters": ITERATIONS,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_let.config.derive import resolve
-from megatron_let.log import LOGGER
 from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.training import TINY_STUDENT, arguments, train
 from megatron_let.training.arguments import parse_arguments
+from tests.training.bad_input import logged_lines
 
 PP2_VP2 = {"--pipeline-model-parallel-size": 2, "--num-layers-per-virtual-pipeline-stage": 1}
 STOCK = "layers: stock (PyTorch attention)"
@@ -20,18 +19,9 @@ STOCK = "layers: stock (PyTorch attention)"
 
 def train_and_listen(argv: list[str]) -> list[str]:
     """Train and return what this rank logged."""
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    level = LOGGER.level
-    LOGGER.addHandler(handler)
-    LOGGER.setLevel(logging.INFO)
-    try:
+    with logged_lines() as lines:
         train(argv)
-    finally:
-        LOGGER.removeHandler(handler)
-        LOGGER.setLevel(level)
-    return said
+    return lines
 
 
 CASES: dict[str, tuple[int, dict[str, Any], list[str]]] = {
@@ -58,7 +48,7 @@ def test_log_and_every_checkpoint_say_what_was_resolved(
     }
     words = arguments(TINY_STUDENT, {**base, **changes})
     for said in pool.run(world_size, train_and_listen, words):
-        (line,) = (message for message in said if message.startswith("layers: "))
+        (line,) = (message.removeprefix("INFO ") for message in said if message.startswith("INFO layers: "))
         assert all(part in line for part in [STOCK, *expected])
     config = resolve(parse_arguments(words), world_size)
     files = sorted((tmp_path / "run").glob("iter_*/settings.yaml"))

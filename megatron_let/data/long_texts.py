@@ -1,0 +1,139 @@
+"""Long texts encoded in pieces, with the ids of the whole: a tokenizer needs tens of bytes of memory for each byte.
+
+A text is cut only where the tokenizer itself shows that the cut makes no difference: it must give the same ids for
+the text around the cut as for its two halves, from several starting points. That suffices for a tokenizer whose
+choice at one place depends on a limited stretch of text (`BatchEncoder.is_local`): all BPE that splits text into
+words, or whose vocabulary has no long repeating pattern across them. Added tokens are never cut, since the halves
+of one have other ids. A stretch without any safe cut is encoded whole up to a limit; beyond it the text is refused,
+since the memory it takes has no bound.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from megatron_let.data.batch_encoders import BatchEncoder, EncodedTexts, join_encoded
+
+PIECE_CHARACTERS = 1 << 20
+"""Where a piece may end; texts of up to twice as many are not cut."""
+MAX_WHOLE_CHARACTERS = 1 << 23
+"""Longest stretch that is encoded whole where there is no safe cut: some 500 MB of the tokenizer's memory."""
+# Before a space that follows a word and precedes another; else, for text without spaces and tokenizers that drop
+# or add one, before a line's end or a punctuation mark. A run of white space stays in one piece.
+_PLACES = (re.compile(r"\w(?= \w)"), re.compile(r"\w(?=\n)"), re.compile(r"\w(?=[^\w\s])"))
+# Characters on either side of a cut that the tokenizer is asked about. Different lengths: tokens that repeat in a
+# rhythm would fall on a cut from one starting point and not from the others.
+_CONTEXTS = (2000, 1499, 997)
+_FIRST_STEP = 16
+
+
+class TextTooLong(ValueError):
+    """A text that would have to be encoded whole, and is too long for that."""
+
+
+def encode_texts(
+    encoder: BatchEncoder,
+    texts: Sequence[str],
+    piece_characters: int = PIECE_CHARACTERS,
+    max_whole_characters: int = MAX_WHOLE_CHARACTERS,
+) -> EncodedTexts:
+    """Return what `encoder.encode(texts)` does, within bounded memory.
+
+    Raises:
+        TextTooLong: more than `max_whole_characters` would have to be encoded whole.
+    """
+    results: list[EncodedTexts] = []
+    for batch in _batches(texts, 2 * piece_characters):
+        if len(batch) == 1 and len(batch[0]) > 2 * piece_characters and encoder.is_local:
+            pieces = pieces_of(encoder, batch[0], piece_characters, max_whole_characters)
+            results.append(_encode_in_order(encoder, pieces))
+        elif len(batch) == 1 and len(batch[0]) > max_whole_characters:
+            raise TextTooLong("the tokenizer's choices depend on the whole text")
+        else:
+            results.append(encoder.encode(batch))
+    return results[0] if len(results) == 1 else join_encoded(results)
+
+
+def pieces_of(
+    encoder: BatchEncoder,
+    text: str,
+    piece_characters: int,
+    max_whole_characters: int = MAX_WHOLE_CHARACTERS,
+) -> Iterator[str]:
+    """Yield pieces of the text whose ids, put together, are the ids of the text.
+
+    Raises:
+        TextTooLong: there is no safe cut for a long stretch.
+    """
+    start = 0
+    while len(text) - start > 2 * piece_characters:
+        limits = (start + 2 * piece_characters, start + max_whole_characters)
+        cut = _find_cut(encoder, text, start, start + piece_characters, limits)
+        if cut is None and len(text) - start > max_whole_characters:
+            raise TextTooLong(f"no safe cut in {max_whole_characters:,} characters")
+        if cut is None:
+            break
+        yield text[start : cut[0]]
+        start = cut[1]
+    yield text[start:]
+
+
+def _batches(texts: Sequence[str], max_characters: int) -> Iterator[Sequence[str]]:
+    """Yield the texts in groups that are encoded in one call each; a longer text is alone."""
+    first, size = 0, 0
+    for index, text in enumerate(texts):
+        if size + len(text) > max_characters and index > first:
+            yield texts[first:index]
+            first, size = index, 0
+        size += len(text)
+    if first == 0:
+        yield texts
+    else:
+        yield texts[first:]
+
+
+def _encode_in_order(encoder: BatchEncoder, pieces: Iterator[str]) -> EncodedTexts:
+    ids = [_narrow(encoder.encode([piece])) for piece in pieces]
+    joined = np.concatenate(ids)
+    return EncodedTexts(joined, np.array([len(joined)], dtype=np.int64))
+
+
+def _narrow(encoded: EncodedTexts) -> np.ndarray:
+    """Return the ids in 16 bits where they fit: the whole text's are held at once."""
+    fits = not len(encoded.ids) or (encoded.ids.min() >= 0 and encoded.ids.max() < 1 << 16)
+    return encoded.ids.astype(np.uint16) if fits else encoded.ids
+
+
+def _find_cut(
+    encoder: BatchEncoder, text: str, piece_start: int, target: int, limits: Sequence[int]
+) -> tuple[int, int] | None:
+    """Return where the piece that begins at `piece_start` may end and the next one begin.
+
+    That is behind `target` and, if possible, before the first of `limits`, else before the next.
+    """
+    for limit in limits:
+        for place in _PLACES:
+            position, step = target, _FIRST_STEP
+            while match := place.search(text, position, min(limit, len(text))):
+                end = match.end()
+                # Without the space: a tokenizer that puts one in front of every text would make it two.
+                starts = (end, end + 1) if text[end] == " " else (end,)
+                for start in starts:
+                    if _is_safe(encoder, text, piece_start=piece_start, end=end, start=start):
+                        return end, start
+                position, step = end + step, step + step // 2  # a stretch without a safe cut is soon behind
+    return None
+
+
+def _is_safe(encoder: BatchEncoder, text: str, *, piece_start: int, end: int, start: int) -> bool:
+    windows: list[str] = []
+    for context in _CONTEXTS:
+        first, last = max(end - context, piece_start), start + context
+        windows += [text[first:last], text[first:end], text[start:last]]
+    ids = encoder.encode(windows).to_lists()
+    return all(
+        whole == left + right for whole, left, right in zip(ids[::3], ids[1::3], ids[2::3], strict=True)
+    )

@@ -1,0 +1,201 @@
+"""Join pairs of token files into one, in the order given: tables in 64-bit numbers, contents never in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_let import __version__
+from megatron_let.data.index_tables import CHUNK, IndexTables, open_tables
+from megatron_let.data.indexed import IndexedSummary, check_indexed
+from megatron_let.data.indexed_writer import IndexedWriter, install_pair
+from megatron_let.data.journal import WorkingDirectory
+from megatron_let.data.manifest import (
+    Manifest,
+    SubsetCount,
+    read_manifest,
+    require_manifest_of,
+    write_manifest,
+)
+from megatron_let.errors import ConfigError, LetError
+
+_CHUNK_BYTES = 1 << 24
+_MAX_EXAMPLES = 10
+
+
+def find_pairs(inputs: Sequence[str]) -> list[str]:
+    """Return the prefixes that `inputs` name: prefixes, or directories whose pairs are taken sorted by name.
+
+    Raises:
+        ConfigError: nothing is named, a directory has no pair or half of one, a pair comes twice.
+    """
+    prefixes: list[str] = []
+    for name in inputs:
+        if not Path(name).is_dir():
+            prefixes.append(name)
+            continue
+        stems = sorted(
+            {path.with_suffix("") for path in Path(name).iterdir() if path.suffix in (".bin", ".idx")}
+        )
+        if not stems:
+            raise ConfigError(f"--input {name}: the directory has no .bin and .idx files")
+        prefixes += [str(stem) for stem in stems]
+    for prefix, count in Counter(str(Path(prefix).resolve()) for prefix in prefixes).items():
+        if count > 1:
+            raise ConfigError(f"--input: {prefix} is given twice, its documents would be counted twice")
+    return prefixes
+
+
+def merge(
+    prefixes: Sequence[str], output_prefix: str, write_line: Callable[[str], None]
+) -> tuple[IndexedSummary, Manifest | None]:
+    """Write OUTPUT_PREFIX.{bin,idx,manifest.json} with the documents of all pairs; return what it holds.
+
+    Without a manifest beside every input there is none for the result, and `write_line` says so.
+
+    Raises:
+        ConfigError: no input, a damaged one, one whose checksum is not its manifest's, another id type or tokenizer,
+            an output that is an input.
+        LetError: the disk is full.
+    """
+    if not prefixes:
+        raise ConfigError("--input names no pair")
+    summaries = [check_indexed(prefix) for prefix in prefixes]
+    manifests = [_manifest_of(summary) for summary in summaries]
+    _check_same(summaries, manifests)
+    if Path(output_prefix).resolve() in {Path(prefix).resolve() for prefix in prefixes}:
+        raise ConfigError(f"--output-prefix {output_prefix} is one of the inputs: give another name")
+    try:
+        with WorkingDirectory(output_prefix) as directory:
+            directory.clear()
+            stem = directory.path / "merged"
+            with IndexedWriter(stem, summaries[0].dtype) as writer:
+                for summary, manifest in zip(summaries, manifests, strict=True):
+                    _append(writer, summary, "" if manifest is None else manifest.bin_sha256)
+                    write_line(
+                        f"{summary.prefix}: {summary.documents:,} documents, {summary.tokens:,} tokens"
+                    )
+                digests = writer.complete()
+            known = [manifest for manifest in manifests if manifest is not None]
+            merged = _merged_manifest(known, digests) if len(known) == len(manifests) else None
+            if merged is None:
+                absent = next(
+                    s.prefix for s, manifest in zip(summaries, manifests, strict=True) if manifest is None
+                )
+                write_line(
+                    f"no manifest is written: {absent} has none (tools/inspect_data.py --add-manifest adds one)"
+                )
+            else:
+                write_manifest(str(stem), merged)
+            install_pair(stem, output_prefix)
+    except OSError as error:
+        raise LetError(f"cannot write {output_prefix}: {error.strerror}; nothing was written over") from error
+    return check_indexed(output_prefix), merged
+
+
+def _manifest_of(summary: IndexedSummary) -> Manifest | None:
+    manifest = read_manifest(summary.prefix)
+    if manifest is not None:
+        require_manifest_of(manifest, summary)
+    return manifest
+
+
+def _check_same(summaries: Sequence[IndexedSummary], manifests: Sequence[Manifest | None]) -> None:
+    """Refuse pairs that would not be one data set."""
+    for other in summaries[1:]:
+        if other.dtype != summaries[0].dtype:
+            raise ConfigError(
+                f"{summaries[0].prefix} holds {summaries[0].dtype} ids and {other.prefix} {other.dtype}: they were made "
+                "with vocabularies of different size"
+            )
+    known = [
+        (summary.prefix, manifest)
+        for summary, manifest in zip(summaries, manifests, strict=True)
+        if manifest is not None
+    ]
+    for prefix, manifest in known[1:]:
+        first_prefix, first = known[0]
+        for name in ("tokenizer_fingerprint", "vocab_size", "eod", "append_eod"):
+            ours, theirs = getattr(first, name), getattr(manifest, name)
+            if ours != theirs:
+                raise ConfigError(
+                    f"{first_prefix} and {prefix} differ in {name} ({ours} and {theirs}): one data set needs one "
+                    "tokenizer; give them to training as a blend, or preprocess one again"
+                )
+
+
+def _append(writer: IndexedWriter, summary: IndexedSummary, bin_sha256: str) -> None:
+    """Append one pair: bounds, lengths, then tokens, each in pieces."""
+    tables = open_tables(summary.prefix)
+    for bounds in _bounds(tables):
+        writer.add_bounds(bounds)
+    for lengths in _lengths(tables):
+        writer.add_lengths(lengths)
+    digest = hashlib.sha256()
+    with Path(f"{summary.prefix}.bin").open("rb") as stream:
+        while block := stream.read(_CHUNK_BYTES):
+            writer.add_tokens(block)
+            digest.update(block)
+    if bin_sha256 and digest.hexdigest() != bin_sha256:
+        raise ConfigError(
+            f"{summary.prefix}.bin is not the file that its manifest describes (SHA-256 differs): preprocess it again"
+        )
+
+
+def _bounds(tables: IndexTables) -> Iterator[Any]:
+    """Yield int64 [n]: the sequence behind each document's last."""
+    last = 0
+    for first in range(1, tables.header.bounds, CHUNK):
+        bounds = np.array(tables.bounds[first : first + CHUNK])
+        if (np.diff(bounds, prepend=last) < 0).any():
+            raise ConfigError(f"{tables.prefix}.idx: documents are out of order; preprocess the data again")
+        last = int(bounds[-1])
+        yield bounds
+
+
+def _lengths(tables: IndexTables) -> Iterator[Any]:
+    """Yield int32 [n] lengths; the sequences must lie back to back from the first byte of .bin on."""
+    expected = 0
+    for first in range(0, tables.header.sequences, CHUNK):
+        lengths = np.array(tables.lengths[first : first + CHUNK])
+        pointers = np.array(tables.pointers[first : first + CHUNK])
+        ends = expected + np.cumsum(lengths, dtype=np.int64) * tables.header.width
+        if (lengths < 0).any() or pointers[0] != expected or (pointers[1:] != ends[:-1]).any():
+            raise ConfigError(
+                f"{tables.prefix}.idx: sequences do not lie back to back; preprocess the data again"
+            )
+        expected = int(ends[-1])
+        yield lengths
+
+
+def _merged_manifest(manifests: Sequence[Manifest], digests: tuple[str, str]) -> Manifest:
+    skipped: Counter[str] = Counter()
+    subsets: dict[str, SubsetCount] = {}
+    for manifest in manifests:
+        skipped.update(manifest.skipped)
+        for name, count in manifest.subsets.items():
+            subsets[name] = subsets.get(name, SubsetCount()) + count
+    examples = [example for manifest in manifests for example in manifest.skipped_examples]
+    sums = ("documents", "sequences", "tokens", "bytes", "records", "eod_in_text")
+    names = {manifest.subset for manifest in manifests}
+    keys = dict.fromkeys(manifest.json_key for manifest in manifests)
+    return replace(
+        manifests[0],
+        **{name: sum(getattr(manifest, name) for manifest in manifests) for name in sums},
+        json_key=",".join(keys),
+        max_token_id=max(manifest.max_token_id for manifest in manifests),
+        sources=tuple(source for manifest in manifests for source in manifest.sources),
+        skipped=dict(sorted(skipped.items())),
+        skipped_examples=tuple(examples[:_MAX_EXAMPLES]),
+        subset=names.pop() if len(names) == 1 else None,
+        subsets=dict(sorted(subsets.items())),
+        bin_sha256=digests[0],
+        idx_sha256=digests[1],
+        tool_version=__version__,
+    )

@@ -1,0 +1,243 @@
+"""What a run of preprocessing writes: a pair for each JSON key (and subset), and the account of every record."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_let import __version__
+from megatron_let.data.encoding import EncodedBlock, EncodedPart, EncodingRules
+from megatron_let.data.indexed_writer import IndexedWriter, WriterState
+from megatron_let.data.manifest import Manifest, SourceFile, SubsetCount, write_manifest
+from megatron_let.data.records import BLANK_LINE, EMPTY_TEXT, NO_TOKENS
+from megatron_let.data.subsets import MAX_SUBSETS, UNNAMED, file_name_of
+from megatron_let.data.tokenizers import Tokenizer
+from megatron_let.errors import ConfigError
+
+# Nothing was lost with these: there was no text.
+HARMLESS = frozenset({BLANK_LINE, EMPTY_TEXT, NO_TOKENS})
+# A share of fewer records says little.
+_RECORDS_TO_JUDGE = 10_000
+_MAX_EXAMPLES = 10
+# Names beyond these are counted together: a wrong --subset-key may name every record differently.
+_MAX_COUNTED_SUBSETS = 1000
+_OTHER_SUBSETS = "(others)"
+
+
+@dataclass(frozen=True)
+class ErrorPolicy:
+    """When unusable records stop a run."""
+
+    stop_at_first: bool
+    max_fraction: float
+
+
+@dataclass
+class Account:
+    """Every record under one JSON key: `records` = `documents` + the sum of `skipped`."""
+
+    records: int = 0
+    documents: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+    first_error: str = ""
+
+    def add(self, block: EncodedBlock, key: str, policy: ErrorPolicy) -> None:
+        """Count a block's records.
+
+        Raises:
+            ConfigError: by `policy` the run must not go on.
+        """
+        skipped = block.skipped[key]
+        for item in skipped:
+            example = f"{block.path}:{item.record} (byte {item.byte}): {item.reason}"
+            is_error = item.reason not in HARMLESS
+            if is_error and policy.stop_at_first:
+                raise ConfigError(f"{example}; --on-error skip counts such records and goes on")
+            if is_error and not self.first_error:
+                self.first_error = example
+            if len(self.examples) < _MAX_EXAMPLES:
+                self.examples.append(example)
+        self.records += block.num_records
+        self.documents += block.num_records - len(skipped)
+        self.skipped.update(item.reason for item in skipped)
+        self._judge(key, policy)
+
+    def state(self) -> dict[str, Any]:
+        """Return the account in JSON values."""
+        return {**vars(self), "skipped": dict(sorted(self.skipped.items()))}
+
+    def _judge(self, key: str, policy: ErrorPolicy) -> None:
+        num_errors = sum(count for reason, count in self.skipped.items() if reason not in HARMLESS)
+        if self.records < _RECORDS_TO_JUDGE or num_errors <= policy.max_fraction * self.records:
+            return
+        raise ConfigError(
+            f'{num_errors:,} of {self.records:,} records are unusable under the key "{key}" ({counts_in_words(self.skipped)}; '
+            f"first: {self.first_error}), more than --max-error-fraction {policy.max_fraction:g}: check --json-keys "
+            "and the input, or raise it"
+        )
+
+
+def counts_in_words(counts: Mapping[str, int]) -> str:
+    """Return how many records were skipped for each reason."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()))
+
+
+@dataclass
+class _Pair:
+    """One growing pair of files."""
+
+    key: str
+    subset: str | None
+    file_name: str
+    writer: IndexedWriter
+    max_token_id: int = 0
+    text_bytes: int = 0
+    eod_in_text: int = 0
+    subsets: dict[str, SubsetCount] = field(default_factory=dict)
+
+    def add(self, part: EncodedPart) -> None:
+        self.writer.add_documents(part.tokens, part.lengths, part.sequence_counts)
+        self.max_token_id = max(self.max_token_id, part.max_token_id)
+        self.text_bytes += part.text_bytes
+        self.eod_in_text += part.eod_in_text
+        for name, count in part.subset_counts.items():
+            is_new = name not in self.subsets and len(self.subsets) >= _MAX_COUNTED_SUBSETS
+            counted = _OTHER_SUBSETS if is_new else name
+            self.subsets[counted] = self.subsets.get(counted, SubsetCount()) + count
+
+    def state(self) -> dict[str, Any]:
+        """Bring the pair to the disk and return what is there."""
+        counts = {name: asdict(count) for name, count in self.subsets.items()}
+        return {
+            **{"key": self.key, "subset": self.subset, "file_name": self.file_name},
+            **{"max_token_id": self.max_token_id, "text_bytes": self.text_bytes},
+            **{"eod_in_text": self.eod_in_text, "subsets": counts},
+            "writer": asdict(self.writer.sync()),
+        }
+
+
+class Outputs:
+    """All pairs of a run, by JSON key and subset, in the order in which they appeared."""
+
+    def __init__(self, directory: Path, rules: EncodingRules) -> None:
+        self._directory = directory
+        self._rules = rules
+        self._pairs: dict[tuple[str, str | None], _Pair] = {}
+        self.accounts = {key: Account() for key in rules.json_keys}
+
+    def add(self, block: EncodedBlock, policy: ErrorPolicy) -> None:
+        """Append a block's documents and count its records.
+
+        Raises:
+            ConfigError: by `policy` the run must not go on, or there are too many subsets.
+        """
+        for key, account in self.accounts.items():
+            account.add(block, key, policy)
+        for part in block.parts:
+            self._pair_of(part.key, part.subset).add(part)
+
+    def state(self) -> dict[str, Any]:
+        """Bring everything to the disk and return it in JSON values."""
+        return {
+            "pairs": [pair.state() for pair in self._pairs.values()],
+            "accounts": {key: account.state() for key, account in self.accounts.items()},
+        }
+
+    def take_up(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned to a run that was stopped.
+
+        Raises:
+            ConfigError: the files do not hold what it says.
+        """
+        for saved in state["pairs"]:
+            counts = {name: SubsetCount(**count) for name, count in saved["subsets"].items()}
+            writer = IndexedWriter(
+                self._stem(len(self._pairs)), self._rules.dtype, WriterState(**saved["writer"])
+            )
+            values = {**saved, "subsets": counts, "writer": writer}
+            self._pairs[saved["key"], saved["subset"]] = _Pair(**values)
+        for key, saved in state["accounts"].items():
+            self.accounts[key] = Account(**{**saved, "skipped": Counter(saved["skipped"])})
+
+    def complete(
+        self, prefix: str, tokenizer: Tokenizer, sources: Sequence[SourceFile]
+    ) -> dict[str, tuple[Path, Manifest]]:
+        """Finish every pair under its working name; return that and the manifest by final data path.
+
+        Raises:
+            ConfigError: a key has no document at all.
+        """
+        for key, account in self.accounts.items():
+            if account.documents == 0:
+                first = f"; first: {account.examples[0]}" if account.examples else ""
+                raise ConfigError(
+                    f'no document has text under the key "{key}" ({counts_in_words(account.skipped)}{first}): check '
+                    "--json-keys and --input"
+                )
+        done: dict[str, tuple[Path, Manifest]] = {}
+        for pair in self._pairs.values():
+            manifest = self._manifest_of(pair, tokenizer, sources)
+            write_manifest(str(pair.writer.stem), manifest)
+            done[f"{prefix}{pair.file_name}"] = pair.writer.stem, manifest
+        return done
+
+    def close(self) -> None:
+        """Close all files."""
+        for pair in self._pairs.values():
+            pair.writer.close()
+
+    def _pair_of(self, key: str, subset: str | None) -> _Pair:
+        pair = self._pairs.get((key, subset))
+        if pair is None:
+            pair = self._pairs[key, subset] = self._new_pair(key, subset)
+        return pair
+
+    def _new_pair(self, key: str, subset: str | None) -> _Pair:
+        if len({name for _, name in self._pairs} | {subset}) > MAX_SUBSETS:
+            raise ConfigError(
+                f"more than {MAX_SUBSETS} subsets under {self._rules.subset_key}, {subset!r} the latest: "
+                "--split-by-subset writes a pair for each; check --subset-key"
+            )
+        name = f"_{key}_document"
+        if subset is not None:
+            taken = [pair.file_name[1 : -len(name)] for pair in self._pairs.values() if pair.key == key]
+            name = f"_{file_name_of(subset or UNNAMED, taken)}{name}"
+        writer = IndexedWriter(self._stem(len(self._pairs)), self._rules.dtype)
+        return _Pair(key, subset, name, writer)
+
+    def _stem(self, index: int) -> Path:
+        return self._directory / f"{index:04d}"
+
+    def _manifest_of(self, pair: _Pair, tokenizer: Tokenizer, sources: Sequence[SourceFile]) -> Manifest:
+        account, writer = self.accounts[pair.key], pair.writer
+        bin_sha256, idx_sha256 = writer.complete()
+        is_whole = pair.subset is None  # else the skipped records belong to no single pair
+        return Manifest(
+            tokenizer_type=tokenizer.tokenizer_type,
+            tokenizer_name=tokenizer.name,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            eod=tokenizer.eod,
+            append_eod=self._rules.append_eod,
+            json_key=pair.key,
+            dtype=self._rules.dtype,
+            max_token_id=pair.max_token_id,
+            documents=writer.documents,
+            sequences=writer.sequences,
+            tokens=writer.tokens,
+            bytes=pair.text_bytes,
+            sources=tuple(sources),
+            skipped=dict(sorted(account.skipped.items())) if is_whole else {},
+            skipped_examples=tuple(account.examples) if is_whole else (),
+            records=account.records if is_whole else writer.documents,
+            subset=None if pair.subset is None else pair.subset or UNNAMED,
+            subsets=dict(sorted(pair.subsets.items())),
+            eod_in_text=pair.eod_in_text,
+            bin_sha256=bin_sha256,
+            idx_sha256=idx_sha256,
+            tool_version=__version__,
+        )

@@ -1,0 +1,98 @@
+"""The working directory of a run: one run at a time, a journal that is whole or absent, nothing left without one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_let.data.journal import Journal, WorkingDirectory, changed_arguments
+from megatron_let.errors import ConfigError
+
+JOURNAL = Journal({"--append-eod": True}, {"source": 1})
+
+HOLD = """
+import sys
+from megatron_let.data.journal import Journal, WorkingDirectory
+directory = WorkingDirectory(sys.argv[1])
+directory.write_journal(Journal({}, {}))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_was_noted_is_read_back(tmp_path: Path) -> None:
+    prefix = str(tmp_path / "out")
+    with WorkingDirectory(prefix) as directory:
+        assert directory.read_journal() is None
+        directory.write_journal(JOURNAL)
+    with WorkingDirectory(prefix) as directory:
+        assert directory.read_journal() == JOURNAL
+        directory.write_journal(Journal({}, {}, installing=True))
+        assert directory.read_journal() == Journal({}, {}, installing=True)
+        assert sorted(path.name for path in directory.path.iterdir()) == ["journal.json", "lock"]
+
+
+def test_a_directory_without_a_journal_is_not_left_behind(tmp_path: Path) -> None:
+    with WorkingDirectory(str(tmp_path / "out")) as directory:
+        (directory.path / "0000.bin").write_bytes(b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_clearing_and_removing(tmp_path: Path) -> None:
+    with WorkingDirectory(str(tmp_path / "out")) as directory:
+        directory.write_journal(JOURNAL)
+        (directory.path / "0000.bin").write_bytes(b"x")
+        directory.clear()
+        assert [path.name for path in directory.path.iterdir()] == ["lock"]
+        directory.remove()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_run_is_refused_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
+    prefix = str(tmp_path / "out")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, prefix], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError, match="another run is writing"):
+        WorkingDirectory(prefix)
+    holder.kill()
+    holder.communicate(timeout=20)
+    with WorkingDirectory(prefix) as directory:
+        assert directory.read_journal() == Journal({}, {})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "7",
+        '{"version": 1}',
+        '{"version": 2, "arguments": {}, "progress": {}, "installing": false}',
+    ],
+)
+def test_a_journal_that_cannot_be_read_is_one_line(tmp_path: Path, content: str) -> None:
+    with WorkingDirectory(str(tmp_path / "out")) as directory:
+        (directory.path / "journal.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"cannot go on from .*journal.json .*give --restart"):
+            directory.read_journal()
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot write .*File exists|cannot write .*Not a directory"):
+        WorkingDirectory(str(tmp_path / "file" / "out"))
+
+
+def test_changes_are_told_in_words() -> None:
+    before = {"--append-eod": True, "--json-keys": ["text"], "--old": 1}
+    now = {"--append-eod": False, "--json-keys": ["text"], "--new": "x" * 100}
+    told = changed_arguments(now, before)
+    assert told == f"--append-eod was True, is False; --old was 1, is None; --new was None, is {'x' * 77}..."
+    assert changed_arguments(now, now) == ""

@@ -1,0 +1,75 @@
+"""Memory of a whole run of preprocessing: bounded by blocks and the longest document, not by the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from megatron_let.data.manifest import read_manifest
+from tests.data.conftest import write_tokenizer_directory
+
+pytest.importorskip(
+    "gigatoken", reason="two hundred megabytes take a minute with the tokenizer's own library"
+)
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
+# Import of the tokenizers' libraries (170 MB), a document of 32 MB on its way through the program, and some.
+LIMIT_MEGABYTES = 450
+REPEATS, LONG_BYTES = 30, 32_000_000
+
+
+def write_input(path: Path) -> int:
+    """Write 160 MB of documents, one of 32 MB among them and a line of 300 MB, in few bytes; return the documents."""
+    words = random.Random(1)
+    lines = [
+        json.dumps({"text": " ".join(f"{words.randrange(10**6):x}" for _ in range(400))}).encode()
+        for _ in range(1500)
+    ]
+    part = b"\n".join(lines) + b"\n"
+    with path.open("wb") as stream, zstandard.ZstdCompressor().stream_writer(stream) as output:
+        for repeat in range(REPEATS):
+            output.write(part)
+            if repeat == REPEATS // 2:
+                output.write(b'{"text": "' + b"word " * (LONG_BYTES // 5) + b'"}\n')
+                output.write(b'{"text": "')
+                for _ in range(300):
+                    output.write(b"x" * 1_000_000)
+                output.write(b'"}\n')
+    return REPEATS * len(lines) + 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_memory_does_not_grow_with_the_input(backend: object, tmp_path: Path, workers: int) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    write_tokenizer_directory(tokenizer, backend)
+    documents = write_input(tmp_path / "input.jsonl.zst")
+    command = [
+        sys.executable,
+        str(TOOL),
+        "--input",
+        str(tmp_path / "input.jsonl.zst"),
+        "--workers",
+        str(workers),
+    ]
+    command += ["--output-prefix", str(tmp_path / "out"), "--encoder", "fast"]
+    command += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)]
+    program = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert program.stderr is not None
+    said = program.stderr.read()
+    _, status, usage = os.wait4(program.pid, 0)
+    program.returncode = status
+    program.stderr.close()
+    assert status == 0, said
+    manifest = read_manifest(str(tmp_path / "out_text_document"))
+    assert manifest is not None
+    assert (manifest.documents, manifest.skipped) == (documents, {"too_long": 1})
+    # The largest of the program and its workers.
+    assert usage.ru_maxrss * 1024 / 1e6 < LIMIT_MEGABYTES

@@ -1,0 +1,264 @@
+"""`tools/benchmark.py data`: preprocessing beside its floors, the bare tokenizer, and Megatron-LM's own tool.
+
+Every side is a program of its own that starts, works and ends; sides take turns. What they write is compared: two
+sides that disagree in a byte are an error, not a figure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmark_report import Cell
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCABULARY = 16_000
+_TRAINING_MEGABYTES = 10
+_START_UP_DOCUMENTS = 10
+# Only reading and parsing, in the two ways that a program could.
+_FLOOR = """
+import sys, orjson, zstandard
+path = sys.argv[1]
+stream = open(path, "rb")
+if path.endswith(".zst"):
+    stream = zstandard.ZstdDecompressor().stream_reader(stream)
+rest = b""
+while block := stream.read(1 << 18):
+    lines = (rest + block).split(b"\\n")
+    rest = lines.pop()
+    for line in lines:
+        orjson.loads(line)["text"]
+"""
+# The tokenizer alone, as fast as its library goes on one thread: texts in memory, ids thrown away.
+_RAW = """
+import sys, time, orjson, tokenizers
+backend = tokenizers.Tokenizer.from_file(sys.argv[2] + "/tokenizer.json")
+texts = [orjson.loads(line)["text"] for line in open(sys.argv[1], "rb")]
+began = time.monotonic()
+for first in range(0, len(texts), 64):
+    backend.encode_batch_fast(texts[first : first + 64], add_special_tokens=False)
+print("seconds", time.monotonic() - began)
+"""
+
+
+@dataclass
+class Side:
+    """A program to time, and what its turns took."""
+
+    name: str
+    file: str
+    workers: int | None
+    command: Sequence[str]
+    output: Path | None = None
+    """Prefix of the pair it writes."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    megabytes: list[float] = field(default_factory=list)
+    """Resident memory of its largest process at most."""
+    digest: str = ""
+
+    def take_turn(self) -> None:
+        """Run once."""
+        for path in self.output.parent.glob(f"{self.output.name}*") if self.output else ():
+            path.unlink()
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", **self.environment}
+        began = time.monotonic()
+        program = subprocess.Popen(
+            self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True
+        )
+        assert program.stdout is not None
+        said = program.stdout.read()
+        _, status, usage = os.wait4(program.pid, 0)
+        seconds = time.monotonic() - began
+        if status:
+            raise RuntimeError(f"{self.name} on {self.file} failed:\n{said}")
+        last = said.splitlines()[-1] if said else ""
+        self.seconds.append(float(last.split()[1]) if last.startswith("seconds ") else seconds)
+        self.megabytes.append(usage.ru_maxrss * 1024 / 1e6)
+        if self.output is not None:
+            self.digest = _digest_of_pair(self.output)
+
+
+def measure_data(
+    directory: Path, *, megabytes: int, workers: Sequence[int], repeats: int, megatron_lm: Path | None
+) -> tuple[str, list[dict[str, Cell]], list[str]]:
+    """Return conditions, rows and notes of the benchmark of preprocessing."""
+    plain = directory / "corpus.jsonl"
+    num_bytes = write_corpus(plain, megabytes * 10**6)
+    compressed = directory / "corpus.jsonl.zst"
+    _compress(plain, compressed)
+    ten = directory / "ten.jsonl"
+    with plain.open("rb") as stream:
+        ten.write_bytes(b"".join(stream.readline() for _ in range(_START_UP_DOCUMENTS)))
+    tokenizer = directory / "tokenizer"
+    _train_tokenizer(directory, plain, tokenizer)
+    sides = [
+        *_floors(plain, compressed, tokenizer),
+        *_our_sides(directory, plain, compressed, tokenizer, workers),
+    ]
+    sides.append(_ours("start-up: ten documents", ten, directory / "ours_ten", tokenizer, 1, "auto"))
+    if megatron_lm is not None:
+        sides += [_megatron(megatron_lm, plain, directory / "megatron", tokenizer)]
+        sides += [_megatron(megatron_lm, ten, directory / "megatron_ten", tokenizer)]
+    for _ in range(repeats):
+        for side in sides:
+            side.take_turn()
+    _require_same_bytes(sides, directory)
+    num_tokens = (directory / "ours_plain_1_text_document.bin").stat().st_size // 2
+    rows = [_row(side, sides, num_bytes, num_tokens) for side in sides]
+    conditions = (
+        f"{num_bytes / 1e6:,.0f} MB of JSON lines, {num_tokens:,} tokens of a byte-level BPE vocabulary of "
+        f"{VOCABULARY:,}; {os.cpu_count()} cores, medians of {repeats} turn(s)"
+    )
+    return conditions, rows, _notes(sides)
+
+
+def write_corpus(path: Path, num_bytes: int) -> int:
+    """Write the source files of this Python and of its packages as JSON lines, in the Pile's form; return the bytes."""
+    written = 0
+    with path.open("wb") as stream:
+        for name, text in _texts():
+            record = {"text": text, "meta": {"pile_set_name": name}}
+            written += stream.write(json.dumps(record).encode() + b"\n")
+            if written >= num_bytes:
+                return written
+    raise RuntimeError(f"this Python and its packages give {written / 1e6:,.0f} MB only: ask for less")
+
+
+def _texts() -> Iterator[tuple[str, str]]:
+    """Yield package and text of every source file, each text once."""
+    seen: set[bytes] = set()
+    for root in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")):
+        for path in sorted(Path(root).rglob("*.py")):
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, ValueError):
+                continue
+            digest = hashlib.sha256(text.encode()).digest()
+            if text and digest not in seen:
+                seen.add(digest)
+                yield path.relative_to(root).parts[0], text
+
+
+def _compress(source: Path, target: Path) -> None:
+    import zstandard
+
+    with source.open("rb") as stream, target.open("wb") as output:
+        zstandard.ZstdCompressor(level=3).copy_stream(stream, output)
+
+
+def _train_tokenizer(directory: Path, corpus: Path, output: Path) -> None:
+    part = directory / "training.jsonl"
+    with corpus.open("rb") as stream:
+        part.write_bytes(b"".join(stream.readlines(_TRAINING_MEGABYTES * 10**6)))
+    command = [sys.executable, str(ROOT / "tools/train_tokenizer.py"), "--input", str(part)]
+    command += ["--vocab-size", str(VOCABULARY), "--output-dir", str(output)]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def _floors(plain: Path, compressed: Path, tokenizer: Path) -> list[Side]:
+    sides = [
+        Side("read and parse only", path.name, None, (sys.executable, "-c", _FLOOR, str(path)))
+        for path in (plain, compressed)
+    ]
+    raw = (sys.executable, "-c", _RAW, str(plain), str(tokenizer))
+    return [*sides, Side("tokenizer only, one thread", plain.name, None, raw)]
+
+
+def _our_sides(
+    directory: Path, plain: Path, compressed: Path, tokenizer: Path, workers: Sequence[int]
+) -> list[Side]:
+    return [
+        _ours(
+            f"ours, {encoder}", path, directory / f"ours_{encoder}_{count}{suffix}", tokenizer, count, encoder
+        )
+        for encoder, path, suffix in (("plain", plain, ""), ("fast", plain, ""), ("fast", compressed, "_zst"))
+        for count in workers
+    ]
+
+
+def _ours(name: str, path: Path, output: Path, tokenizer: Path, workers: int, encoder: str) -> Side:
+    program = (sys.executable, str(ROOT / "tools/preprocess_data.py"), "--encoder", encoder)
+    command = (*program, *_flags(path, output, tokenizer, workers))
+    return Side(name, path.name, workers, command, output.with_name(f"{output.name}_text_document"))
+
+
+def _megatron(checkout: Path, path: Path, output: Path, tokenizer: Path) -> Side:
+    command = (sys.executable, "-W", "ignore", str(checkout / "tools/preprocess_data.py"))
+    return Side(
+        "Megatron-LM's tool" if path.stem != "ten" else "Megatron-LM's start-up: ten documents",
+        path.name,
+        1,
+        (*command, *_flags(path, output, tokenizer, 1)),
+        output.with_name(f"{output.name}_text_document"),
+        {"PYTHONPATH": os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")])},
+    )
+
+
+def _flags(path: Path, output: Path, tokenizer: Path, workers: int) -> tuple[str, ...]:
+    return (
+        *("--input", str(path), "--output-prefix", str(output), "--append-eod", "--workers", str(workers)),
+        *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)),
+    )
+
+
+def _digest_of_pair(prefix: Path) -> str:
+    digest = hashlib.sha256()
+    for suffix in (".bin", ".idx"):
+        with Path(f"{prefix}{suffix}").open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _require_same_bytes(sides: Sequence[Side], directory: Path) -> None:
+    for is_ten in (False, True):
+        digests = {
+            side.digest for side in sides if side.output is not None and (side.file == "ten.jsonl") is is_ten
+        }
+        if len(digests) > 1:
+            raise RuntimeError(f"the pairs in {directory} differ")
+
+
+def _row(side: Side, sides: Sequence[Side], num_bytes: int, num_tokens: int) -> dict[str, Cell]:
+    seconds = statistics.median(side.seconds)
+    row: dict[str, Cell] = {"side": side.name, "input": side.file, "workers": side.workers}
+    row |= {"seconds": round(seconds, 2), "peak MB a process": round(max(side.megabytes))}
+    if side.file == "ten.jsonl":
+        return row
+    row |= {"MB/s": round(num_bytes / 1e6 / seconds, 1), "tokens/s": round(num_tokens / seconds)}
+    for peer in sides:
+        if peer.name == "Megatron-LM's tool":
+            row["over Megatron-LM"] = round(statistics.median(peer.seconds) / seconds, 2)
+    return row
+
+
+def _notes(sides: Sequence[Side]) -> list[str]:
+    """Return what the aims are about, each a ratio within this run."""
+    median = {
+        (side.name, side.workers): statistics.median(side.seconds)
+        for side in sides
+        if side.file != "corpus.jsonl.zst"
+    }
+    start_up = median["start-up: ten documents", 1]
+    raw = median["tokenizer only, one thread", None]
+    notes = [
+        "Whole programs, start-up included, but for the tokenizer only. Every side that writes wrote the same bytes.",
+        f"Plain encoder, one worker, start-up taken off: {raw / (median['ours, plain', 1] - start_up):.3f} of the "
+        "tokenizer's own rate.",
+    ]
+    if ("ours, plain", 2) in median:
+        two = (median["ours, plain", 1] - start_up) / (median["ours, plain", 2] - start_up)
+        notes.append(f"Plain encoder, two workers over one, start-up taken off: {two:.2f}.")
+    return notes

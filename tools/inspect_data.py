@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
@@ -96,12 +95,18 @@ def _about(manifest: Manifest | None) -> Iterator[str]:
     )
     yield f"tokenizer fingerprint: {manifest.tokenizer_fingerprint}"
     yield f"largest token id: {manifest.max_token_id}"
+    if manifest.records:
+        yield f"records read: {manifest.records:,}"
     yield f"records skipped: {sum(manifest.skipped.values()):,}"
     yield from (f"  {reason}: {count:,}" for reason, count in sorted(manifest.skipped.items()))
-    subsets = asdict(manifest).get("subsets") or {}
-    if subsets:
+    if manifest.subset is not None:
+        yield f"subset: {manifest.subset}"
+    if manifest.subsets:
         yield "subsets:"
-    yield from (f"  {name}: {account}" for name, account in sorted(subsets.items()))
+    for name, held in sorted(manifest.subsets.items()):
+        yield (
+            f"  {name or '(none)'}: {held.documents:,} documents, {held.tokens:,} tokens, {held.bytes:,} bytes of text"
+        )
 
 
 def _document(arguments: argparse.Namespace, manifest: Manifest | None) -> Iterator[str]:

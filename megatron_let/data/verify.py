@@ -111,13 +111,14 @@ def eod_account(scan: TokenScan) -> str:
 
 
 def _manifest_of(tokenizer: Tokenizer, summary: IndexedSummary, scan: TokenScan) -> Manifest:
+    is_appended = scan.first_unended is None
     return Manifest(
         tokenizer_type=tokenizer.tokenizer_type,
         tokenizer_name=tokenizer.name,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         eod=tokenizer.eod,
-        append_eod=scan.first_unended is None,
+        append_eod=is_appended,
         json_key="",
         dtype=summary.dtype,
         max_token_id=scan.largest,
@@ -126,6 +127,7 @@ def _manifest_of(tokenizer: Tokenizer, summary: IndexedSummary, scan: TokenScan)
         tokens=summary.tokens,
         bytes=0,
         sources=(),
+        eod_in_text=scan.eods - (scan.ended_documents if is_appended else 0),
         bin_sha256=scan.sha256,
         tool_version=f"{__version__}, added later",
     )

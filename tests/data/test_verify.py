@@ -244,7 +244,7 @@ def test_an_added_manifest_says_what_can_be_known(tmp_path: Path) -> None:
     summary = check_indexed(str(prefix))
     assert (manifest.documents, manifest.sequences, manifest.tokens, manifest.dtype) == (5, 5, 13, "int32")
     assert (summary.documents, manifest.max_token_id, manifest.eod, manifest.vocab_size) == (5, 9, 9, 10)
-    assert manifest.append_eod
+    assert (manifest.append_eod, manifest.eod_in_text) == (True, 1)
     assert manifest.bin_sha256 == hashlib.sha256(Path(f"{prefix}.bin").read_bytes()).hexdigest()
     assert manifest.idx_sha256 == hashlib.sha256(Path(f"{prefix}.idx").read_bytes()).hexdigest()
     assert (manifest.sources, manifest.bytes, manifest.json_key) == ((), 0, "")
@@ -267,4 +267,5 @@ def test_a_manifest_is_not_added_to_what_is_wrong(pair: Path) -> None:
 
 def test_files_without_eod_get_a_manifest_that_says_so(tmp_path: Path) -> None:
     write_as_neox(tmp_path / "pair", [[[1, 9]], [[2]]], "uint16")
-    assert not add_manifest(str(tmp_path / "pair"), TOKENIZER, quiet).append_eod
+    manifest = add_manifest(str(tmp_path / "pair"), TOKENIZER, quiet)
+    assert (manifest.append_eod, manifest.eod_in_text) == (False, 1)

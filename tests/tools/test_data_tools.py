@@ -189,6 +189,8 @@ def test_from_corpus_to_tokens_and_back(
     assert "40 documents" in printed.out
     assert "nothing skipped" in printed.out
     assert "ETA 0:00:00" in printed.err
+    assert run("inspect_data", tmp_path / "out_text_document", "--verify") == 0
+    assert "checksums: ok, SHA-256" in capsys.readouterr().out
     assert run("inspect_data", tmp_path / "out_text_document", "--document", 0) == 0
     shown = capsys.readouterr().out
     first = str(records(corpus / "train.jsonl")[0]["text"])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_let.data.indexed import check_indexed
-from megatron_let.data.manifest import read_manifest, write_manifest
+from megatron_let.data.manifest import SubsetCount, read_manifest, write_manifest
 from tests.data.foreign import edit_index, write_as_neox, write_with_core
 from tests.training.bad_input import write_word_tokenizer
 
@@ -51,12 +51,17 @@ def test_counts_lengths_and_what_the_manifest_tells(
     assert run(prefix, "--add-manifest", "--tokenizer-model", tokenizer) == 0
     manifest = read_manifest(str(prefix))
     assert manifest is not None
-    write_manifest(str(prefix), replace(manifest, skipped={"blank_line": 2, "no_text": 3}))
+    subsets = {"Pile-CC": SubsetCount(2, 5, 1200), "": SubsetCount(2, 3, 9)}
+    write_manifest(str(prefix), replace(manifest, skipped={"blank_line": 2, "no_text": 3}, subsets=subsets))
     capsys.readouterr()
     assert run(prefix) == 0
     shown = capsys.readouterr().out
     assert f"tokenizer: HuggingFaceTokenizer {tokenizer}, 5 ids, eod 4 appended" in shown
     assert "records skipped: 5\n  blank_line: 2\n  no_text: 3\n" in shown
+    assert (
+        "subsets:\n  (none): 2 documents, 3 tokens, 9 bytes of text\n  Pile-CC: 2 documents, 5 tokens, 1,200"
+        in shown
+    )
 
 
 def test_a_document_is_decoded_and_one_that_is_not_there_refused(

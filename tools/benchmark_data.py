@@ -25,7 +25,7 @@ from benchmark_report import Cell
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 16_000
 _TRAINING_MEGABYTES = 10
-_START_UP_DOCUMENTS = 10
+_TEN, _START_UP_DOCUMENTS = "ten.jsonl", 10
 # Only reading and parsing, in the two ways that a program could.
 _FLOOR = """
 import sys, orjson, zstandard
@@ -81,7 +81,9 @@ class Side:
         said = program.stdout.read()
         _, status, usage = os.wait4(program.pid, 0)
         seconds = time.monotonic() - began
-        if status:
+        program.returncode = os.waitstatus_to_exitcode(status)
+        program.stdout.close()
+        if program.returncode:
             raise RuntimeError(f"{self.name} on {self.file} failed:\n{said}")
         last = said.splitlines()[-1] if said else ""
         self.seconds.append(float(last.split()[1]) if last.startswith("seconds ") else seconds)
@@ -98,7 +100,7 @@ def measure_data(
     num_bytes = write_corpus(plain, megabytes * 10**6)
     compressed = directory / "corpus.jsonl.zst"
     _compress(plain, compressed)
-    ten = directory / "ten.jsonl"
+    ten = directory / _TEN
     with plain.open("rb") as stream:
         ten.write_bytes(b"".join(stream.readline() for _ in range(_START_UP_DOCUMENTS)))
     tokenizer = directory / "tokenizer"
@@ -114,7 +116,7 @@ def measure_data(
     for _ in range(repeats):
         for side in sides:
             side.take_turn()
-    _require_same_bytes(sides, directory)
+    require_same_bytes(sides)
     num_tokens = (directory / "ours_plain_1_text_document.bin").stat().st_size // 2
     rows = [_row(side, sides, num_bytes, num_tokens) for side in sides]
     conditions = (
@@ -197,7 +199,7 @@ def _ours(name: str, path: Path, output: Path, tokenizer: Path, workers: int, en
 def _megatron(checkout: Path, path: Path, output: Path, tokenizer: Path) -> Side:
     command = (sys.executable, "-W", "ignore", str(checkout / "tools/preprocess_data.py"))
     return Side(
-        "Megatron-LM's tool" if path.stem != "ten" else "Megatron-LM's start-up: ten documents",
+        "Megatron-LM's tool" if path.name != _TEN else "Megatron-LM's start-up: ten documents",
         path.name,
         1,
         (*command, *_flags(path, output, tokenizer, 1)),
@@ -222,20 +224,21 @@ def _digest_of_pair(prefix: Path) -> str:
     return digest.hexdigest()
 
 
-def _require_same_bytes(sides: Sequence[Side], directory: Path) -> None:
-    for is_ten in (False, True):
-        digests = {
-            side.digest for side in sides if side.output is not None and (side.file == "ten.jsonl") is is_ten
-        }
-        if len(digests) > 1:
-            raise RuntimeError(f"the pairs in {directory} differ")
+def require_same_bytes(sides: Sequence[Side]) -> None:
+    """Raise RuntimeError when two sides made different pairs of one corpus."""
+    first: dict[bool, Side] = {}
+    for side in sides:
+        if side.output is not None:
+            other = first.setdefault(side.file == _TEN, side)
+            if other.digest != side.digest:
+                raise RuntimeError(f"{other.name} and {side.name} wrote different pairs")
 
 
 def _row(side: Side, sides: Sequence[Side], num_bytes: int, num_tokens: int) -> dict[str, Cell]:
     seconds = statistics.median(side.seconds)
     row: dict[str, Cell] = {"side": side.name, "input": side.file, "workers": side.workers}
     row |= {"seconds": round(seconds, 2), "peak MB a process": round(max(side.megabytes))}
-    if side.file == "ten.jsonl":
+    if side.file == _TEN:
         return row
     row |= {"MB/s": round(num_bytes / 1e6 / seconds, 1), "tokens/s": round(num_tokens / seconds)}
     for peer in sides:

@@ -14,13 +14,15 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark_report import Cell
+
+from megatron_let.testing.peak_memory import measured, peak_of
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 16_000
@@ -62,7 +64,8 @@ class Side:
     command: Sequence[str]
     output: Path | None = None
     """Prefix of the pair it writes."""
-    environment: Mapping[str, str] = field(default_factory=dict)
+    paths: Sequence[str] = ()
+    """Where it looks for packages first."""
     seconds: list[float] = field(default_factory=list)
     megabytes: list[float] = field(default_factory=list)
     """Resident memory of its largest process at most."""
@@ -72,22 +75,23 @@ class Side:
         """Run once."""
         for path in self.output.parent.glob(f"{self.output.name}*") if self.output else ():
             path.unlink()
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", **self.environment}
+        paths = os.pathsep.join([*self.paths, str(ROOT), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths}
         began = time.monotonic()
-        program = subprocess.Popen(
-            self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True
+        result = subprocess.run(
+            measured(list(self.command)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            text=True,
         )
-        assert program.stdout is not None
-        said = program.stdout.read()
-        _, status, usage = os.wait4(program.pid, 0)
         seconds = time.monotonic() - began
-        program.returncode = os.waitstatus_to_exitcode(status)
-        program.stdout.close()
-        if program.returncode:
-            raise RuntimeError(f"{self.name} on {self.file} failed:\n{said}")
-        last = said.splitlines()[-1] if said else ""
-        self.seconds.append(float(last.split()[1]) if last.startswith("seconds ") else seconds)
-        self.megabytes.append(usage.ru_maxrss * 1024 / 1e6)
+        said = result.stdout.splitlines()[:-1]
+        if result.returncode:
+            raise RuntimeError("\n".join([f"{self.name} on {self.file} failed:", *said]))
+        own = said[-1].split() if said else []
+        self.seconds.append(float(own[1]) if own[:1] == ["seconds"] else seconds)
+        self.megabytes.append(peak_of(result.stdout) / 1e6)
         if self.output is not None:
             self.digest = _digest_of_pair(self.output)
 
@@ -204,7 +208,7 @@ def _megatron(checkout: Path, path: Path, output: Path, tokenizer: Path) -> Side
         1,
         (*command, *_flags(path, output, tokenizer, 1)),
         output.with_name(f"{output.name}_text_document"),
-        {"PYTHONPATH": os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")])},
+        [str(checkout)],
     )
 
 

@@ -53,6 +53,9 @@ class IndexedWriter:
         self._hash = hashlib.sha256()
         mode = "r+b" if state else "w+b"
         paths = [working_file(stem, kind) for kind in ("bin", "lengths", "bounds")]
+        for path in paths if state else ():
+            if not path.exists():
+                raise _damaged(path)
         self._data, self._lengths, self._bounds = (path.open(mode) for path in paths)
         if state:
             try:
@@ -103,7 +106,10 @@ class IndexedWriter:
         return WriterState(self.documents, self.sequences, self.tokens, self._hash.hexdigest())
 
     def complete(self) -> tuple[str, str]:
-        """Write STEM.idx, drop the tables, and return the SHA-256 of .bin and .idx (hex)."""
+        """Write STEM.idx and return the SHA-256 of .bin and .idx (hex).
+
+        The tables stay: a run killed before all its pairs are complete takes them up again.
+        """
         state = self.sync()
         index_hash = hashlib.sha256()
         with working_file(self.stem, "idx").open("wb") as index:
@@ -113,8 +119,6 @@ class IndexedWriter:
             index.flush()
             os.fsync(index.fileno())
         self.close()
-        for kind in ("lengths", "bounds"):
-            working_file(self.stem, kind).unlink()
         return state.digest, index_hash.hexdigest()
 
     def close(self) -> None:

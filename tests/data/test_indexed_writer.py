@@ -51,6 +51,7 @@ def test_a_writer_goes_on_from_any_state_whatever_came_after_it(
     install_pair(stem, str(directory / "pair"))
     assert files_of(directory / "pair") == files_of(directory / "whole")
     assert digests == tuple(hashlib.sha256(part).hexdigest() for part in files_of(directory / "whole"))
+    remove_working_files(stem)
     assert {path.name for path in directory.iterdir()} == {"whole.bin", "whole.idx", "pair.bin", "pair.idx"}
 
 
@@ -62,6 +63,13 @@ def test_a_table_shorter_than_its_state_is_refused(tmp_path: Path, kind: str) ->
     with pytest.raises(
         ConfigError, match=f"stem.{kind} does not hold what the stopped run wrote: give --restart"
     ):
+        IndexedWriter(tmp_path / "stem", "uint16", state)
+
+
+def test_a_table_that_is_gone_is_refused(tmp_path: Path) -> None:
+    state = write(tmp_path / "stem", 0, 3)
+    working_file(tmp_path / "stem", "bounds").unlink()
+    with pytest.raises(ConfigError, match=r"stem\.bounds does not hold"):
         IndexedWriter(tmp_path / "stem", "uint16", state)
 
 

@@ -23,7 +23,7 @@ from megatron_let.data.readers import read_blocks
 from megatron_let.data.sources import find_sources
 from megatron_let.errors import ConfigError
 
-RULES = InputRules()
+RULES = InputRules(block_bytes=1 << 18)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 import zstandard
 
 from megatron_let.data.manifest import read_manifest
+from megatron_let.testing.peak_memory import measured, peak_of
 from tests.data.conftest import write_tokenizer_directory
 
 pytest.importorskip(
@@ -61,15 +61,9 @@ def test_memory_does_not_grow_with_the_input(backend: object, tmp_path: Path, wo
     ]
     command += ["--output-prefix", str(tmp_path / "out"), "--encoder", "fast"]
     command += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)]
-    program = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert program.stderr is not None
-    said = program.stderr.read()
-    _, status, usage = os.wait4(program.pid, 0)
-    program.returncode = status
-    program.stderr.close()
-    assert status == 0, said
+    result = subprocess.run(measured(command), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
     manifest = read_manifest(str(tmp_path / "out_text_document"))
     assert manifest is not None
     assert (manifest.documents, manifest.skipped) == (documents, {"too_long": 1})
-    # The largest of the program and its workers.
-    assert usage.ru_maxrss * 1024 / 1e6 < LIMIT_MEGABYTES
+    assert peak_of(result.stdout) / 1e6 < LIMIT_MEGABYTES  # the largest of the program and its workers

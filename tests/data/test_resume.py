@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import zstandard
 
+from megatron_let.data.manifest import Manifest, write_manifest
 from megatron_let.data.outputs import Outputs
 from megatron_let.data.preprocess import PreprocessSettings, preprocess
 from megatron_let.data.tokenizers import NullTokenizer
@@ -264,6 +265,30 @@ def test_a_changed_input_is_refused(
     with pytest.raises(ConfigError, match=r"--input|has changed|had .* bytes") as caught:
         preprocess(settings_for(prefix, names), TOKENIZER, lambda line: None)
     assert "--restart" in str(caught.value)
+
+
+def test_a_kill_while_the_pairs_are_completed_is_made_good(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = whole_run(tmp_path / "whole" / "out", inputs, split_by_subset=True)
+    (tmp_path / "stopped").mkdir()
+    settings = settings_for(tmp_path / "stopped" / "out", inputs, split_by_subset=True)
+    for count in range(4):
+        seen = [0]
+
+        def write(stem: str, manifest: Manifest, left: int = count, seen: list[int] = seen) -> None:
+            seen[0] += 1
+            if seen[0] > left:
+                raise Stopped
+            write_manifest(stem, manifest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("megatron_let.data.outputs.write_manifest", write)
+            with pytest.raises(Stopped):
+                preprocess(settings, TOKENIZER, lambda line: None)
+        assert seen == [count + 1]
+    preprocess(settings, TOKENIZER, lambda line: None)
+    assert digests(tmp_path / "stopped") == expected
 
 
 def stopping_at_rename(count: int) -> Callable[[Path, Any], Path]:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -34,8 +34,8 @@ class WriterState:
     documents: int = 0
     sequences: int = 0
     tokens: int = 0
-    digest: str = ""
-    """SHA-256 of the tokens so far, hex."""
+    digests: Sequence[str] = ()
+    """SHA-256 of the tokens, the lengths and the bounds so far, hex."""
 
 
 class IndexedWriter:
@@ -50,13 +50,11 @@ class IndexedWriter:
         self.stem = stem
         self.dtype = np.dtype(dtype)
         self.documents = self.sequences = self.tokens = 0
-        self._hash = hashlib.sha256()
-        mode = "r+b" if state else "w+b"
         paths = [working_file(stem, kind) for kind in ("bin", "lengths", "bounds")]
         for path in paths if state else ():
             if not path.exists():
                 raise _damaged(path)
-        self._data, self._lengths, self._bounds = (path.open(mode) for path in paths)
+        self._data, self._lengths, self._bounds = (_HashedFile(path, is_new=not state) for path in paths)
         if state:
             try:
                 self._take_up(state)
@@ -85,7 +83,6 @@ class IndexedWriter:
     def add_tokens(self, tokens: bytes) -> None:
         """Append ids only; their lengths and bounds are for the caller to add."""
         self._data.write(tokens)
-        self._hash.update(tokens)
         self.tokens += len(tokens) // self.dtype.itemsize
 
     def add_bounds(self, bounds: Any) -> None:
@@ -100,10 +97,8 @@ class IndexedWriter:
 
     def sync(self) -> WriterState:
         """Bring everything to the disk and return what is there."""
-        for stream in (self._data, self._lengths, self._bounds):
-            stream.flush()
-            os.fsync(stream.fileno())
-        return WriterState(self.documents, self.sequences, self.tokens, self._hash.hexdigest())
+        digests = [part.sync() for part in (self._data, self._lengths, self._bounds)]
+        return WriterState(self.documents, self.sequences, self.tokens, digests)
 
     def complete(self) -> tuple[str, str]:
         """Write STEM.idx and return the SHA-256 of .bin and .idx (hex).
@@ -119,12 +114,12 @@ class IndexedWriter:
             index.flush()
             os.fsync(index.fileno())
         self.close()
-        return state.digest, index_hash.hexdigest()
+        return state.digests[0], index_hash.hexdigest()
 
     def close(self) -> None:
         """Close the working files, which stay."""
-        for stream in (self._data, self._lengths, self._bounds):
-            stream.close()
+        for part in (self._data, self._lengths, self._bounds):
+            part.close()
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -135,35 +130,66 @@ class IndexedWriter:
         self.close()
 
     def _take_up(self, state: WriterState) -> None:
-        """Cut the files back to `state` and check that the tokens are those that were written."""
-        sizes = {
-            self._data: state.tokens * self.dtype.itemsize,
-            self._lengths: state.sequences * LENGTH_BYTES,
-            self._bounds: state.documents * BOUND_BYTES,
-        }
-        for stream, size in sizes.items():
-            if os.fstat(stream.fileno()).st_size < size:
-                raise _damaged(Path(stream.name))
-            stream.truncate(size)
-        for block in _blocks(self._data):
-            self._hash.update(block)
-        if self._hash.hexdigest() != state.digest:
-            raise _damaged(Path(self._data.name))
-        for stream in sizes:
-            stream.seek(0, os.SEEK_END)
+        """Cut the files back to `state` and check that they hold what was written."""
+        sizes = (
+            state.tokens * self.dtype.itemsize,
+            state.sequences * LENGTH_BYTES,
+            state.documents * BOUND_BYTES,
+        )
+        parts = (self._data, self._lengths, self._bounds)
+        for part, size, digest in zip(parts, sizes, state.digests, strict=True):
+            part.cut_back(size, digest)
         self.documents, self.sequences, self.tokens = state.documents, state.sequences, state.tokens
 
     def _index_parts(self) -> Iterator[bytes]:
         code = CODE_OF_DTYPE[self.dtype.name]
         yield HEADER.pack(MAGIC, VERSION, code, self.sequences, self.documents + 1)
-        yield from _blocks(self._lengths)
+        yield from self._lengths.blocks()
         offset = 0
-        for block in _blocks(self._lengths):
+        for block in self._lengths.blocks():
             ends = np.cumsum(np.frombuffer(block, dtype=np.int32), dtype=np.int64) * self.dtype.itemsize
             yield (np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]]) + offset).tobytes()
             offset += int(ends[-1])
         yield bytes(BOUND_BYTES)
-        yield from _blocks(self._bounds)
+        yield from self._bounds.blocks()
+
+
+class _HashedFile:
+    """A file that grows at its end, with the digest of all that it holds."""
+
+    def __init__(self, path: Path, *, is_new: bool) -> None:
+        self._path = path
+        self._stream = path.open("w+b" if is_new else "r+b")
+        self._hash = hashlib.sha256()
+
+    def write(self, content: bytes) -> None:
+        self._stream.write(content)
+        self._hash.update(content)
+
+    def sync(self) -> str:
+        """Bring everything to the disk and return the digest."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        return self._hash.hexdigest()
+
+    def cut_back(self, size: int, digest: str) -> None:
+        """Drop what lies behind `size`. Raises ConfigError when what is left has another digest."""
+        if os.fstat(self._stream.fileno()).st_size < size:
+            raise _damaged(self._path)
+        self._stream.truncate(size)
+        for block in self.blocks():
+            self._hash.update(block)
+        if self._hash.hexdigest() != digest:
+            raise _damaged(self._path)
+
+    def blocks(self) -> Iterator[bytes]:
+        """Yield the content from the beginning; further writing goes on at the end."""
+        self._stream.seek(0)
+        while block := self._stream.read(_CHUNK_BYTES):
+            yield block
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 def write_pair(prefix: str, dtype: str, parts: Iterable[tuple[Any, Any, Any]]) -> None:
@@ -207,11 +233,6 @@ def remove_working_files(stem: Path) -> None:
 def working_file(stem: Path, kind: str) -> Path:
     """Return the path of one working file of a pair."""
     return stem.with_name(f"{stem.name}.{kind}")
-
-
-def _blocks(stream: IO[bytes]) -> Iterator[bytes]:
-    stream.seek(0)
-    return iter(lambda: stream.read(_CHUNK_BYTES), b"")
 
 
 def _sync_directory(directory: Path) -> None:

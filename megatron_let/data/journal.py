@@ -11,8 +11,8 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -82,15 +82,25 @@ class WorkingDirectory:
         write_synced(new, json.dumps(content))
         new.replace(self.path / _JOURNAL)
 
+    @property
+    def has_journal(self) -> bool:
+        """Return whether a stopped run can be gone on with."""
+        return (self.path / _JOURNAL).exists()
+
     def clear(self) -> None:
-        """Delete everything but the lock."""
+        """Delete everything but the lock, the journal first: without it nothing that is left counts."""
+        (self.path / _JOURNAL).unlink(missing_ok=True)
         for path in self.path.iterdir():
             if path.name != _LOCK:
                 path.unlink()
 
     def remove(self) -> None:
-        """Delete the directory; the lock goes with it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Delete the directory, the lock last, and hold it no longer."""
+        if not self._lock.closed:
+            self.clear()
+            (self.path / _LOCK).unlink()
+            self.path.rmdir()
+            self._lock.close()
 
     def __enter__(self) -> WorkingDirectory:
         return self
@@ -99,8 +109,9 @@ class WorkingDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Let go of the directory, and delete it when it holds nothing to go on from."""
-        if not (self.path / _JOURNAL).exists():
-            self.remove()
+        if not self.has_journal:
+            with suppress(OSError):  # what happened before is what is to be told
+                self.remove()
         self._lock.close()
 
 

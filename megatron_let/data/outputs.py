@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,19 +13,21 @@ from megatron_let import __version__
 from megatron_let.data.encoding import EncodedBlock, EncodedPart, EncodingRules
 from megatron_let.data.indexed_writer import IndexedWriter, WriterState
 from megatron_let.data.manifest import Manifest, SourceFile, SubsetCount, write_manifest
-from megatron_let.data.records import BLANK_LINE, EMPTY_TEXT, NO_TOKENS
-from megatron_let.data.subsets import MAX_SUBSETS, UNNAMED, file_name_of
+from megatron_let.data.records import HARMLESS
+from megatron_let.data.subsets import MAX_SUBSETS, pair_name
 from megatron_let.data.tokenizers import Tokenizer
 from megatron_let.errors import ConfigError
 
-# Nothing was lost with these: there was no text.
-HARMLESS = frozenset({BLANK_LINE, EMPTY_TEXT, NO_TOKENS})
 # A share of fewer records says little.
 _RECORDS_TO_JUDGE = 10_000
 _MAX_EXAMPLES = 10
+# Of nearly every file system.
+_LONGEST_FILE_NAME = 255
 # Names beyond these are counted together: a wrong --subset-key may name every record differently.
 _MAX_COUNTED_SUBSETS = 1000
 _OTHER_SUBSETS = "(others)"
+# What is counted of a longer name: a wrong --subset-key may find whole texts.
+_COUNTED_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,10 @@ class Account:
     records: int = 0
     documents: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
-    first_error: str = ""
+    errors: list[str] = field(default_factory=list)
+    """The first unusable records: source, record, byte, reason."""
+    harmless: list[str] = field(default_factory=list)
+    """The first records that had nothing to lose."""
 
     def add(self, block: EncodedBlock, key: str, policy: ErrorPolicy) -> None:
         """Count a block's records.
@@ -52,19 +57,22 @@ class Account:
             ConfigError: by `policy` the run must not go on.
         """
         skipped = block.skipped[key]
-        for item in skipped:
+        for item in skipped.first:
             example = f"{block.path}:{item.record} (byte {item.byte}): {item.reason}"
-            is_error = item.reason not in HARMLESS
-            if is_error and policy.stop_at_first:
+            if item.reason not in HARMLESS and policy.stop_at_first:
                 raise ConfigError(f"{example}; --on-error skip counts such records and goes on")
-            if is_error and not self.first_error:
-                self.first_error = example
-            if len(self.examples) < _MAX_EXAMPLES:
-                self.examples.append(example)
+            examples = self.harmless if item.reason in HARMLESS else self.errors
+            if len(examples) < _MAX_EXAMPLES:
+                examples.append(example)
         self.records += block.num_records
-        self.documents += block.num_records - len(skipped)
-        self.skipped.update(item.reason for item in skipped)
+        self.documents += block.num_records - skipped.total
+        self.skipped.update(skipped.by_reason)
         self._judge(key, policy)
+
+    @property
+    def examples(self) -> list[str]:
+        """The first skipped records, those that are errors before all others."""
+        return [*self.errors, *self.harmless][:_MAX_EXAMPLES]
 
     def state(self) -> dict[str, Any]:
         """Return the account in JSON values."""
@@ -76,7 +84,7 @@ class Account:
             return
         raise ConfigError(
             f'{num_errors:,} of {self.records:,} records are unusable under the key "{key}" ({counts_in_words(self.skipped)}; '
-            f"first: {self.first_error}), more than --max-error-fraction {policy.max_fraction:g}: check --json-keys "
+            f"first: {self.errors[0]}), more than --max-error-fraction {policy.max_fraction:g}: check --json-keys "
             "and the input, or raise it"
         )
 
@@ -92,7 +100,8 @@ class _Pair:
 
     key: str
     subset: str | None
-    file_name: str
+    name: str
+    """What follows the output prefix in its data path."""
     writer: IndexedWriter
     max_token_id: int = 0
     text_bytes: int = 0
@@ -104,18 +113,22 @@ class _Pair:
         self.max_token_id = max(self.max_token_id, part.max_token_id)
         self.text_bytes += part.text_bytes
         self.eod_in_text += part.eod_in_text
-        for name, count in part.subset_counts.items():
+        for full_name, count in part.subset_counts.items():
+            name = full_name[:_COUNTED_NAME]
             is_new = name not in self.subsets and len(self.subsets) >= _MAX_COUNTED_SUBSETS
             counted = _OTHER_SUBSETS if is_new else name
             self.subsets[counted] = self.subsets.get(counted, SubsetCount()) + count
 
     def state(self) -> dict[str, Any]:
         """Bring the pair to the disk and return what is there."""
-        counts = {name: asdict(count) for name, count in self.subsets.items()}
         return {
-            **{"key": self.key, "subset": self.subset, "file_name": self.file_name},
-            **{"max_token_id": self.max_token_id, "text_bytes": self.text_bytes},
-            **{"eod_in_text": self.eod_in_text, "subsets": counts},
+            "key": self.key,
+            "subset": self.subset,
+            "name": self.name,
+            "max_token_id": self.max_token_id,
+            "text_bytes": self.text_bytes,
+            "eod_in_text": self.eod_in_text,
+            "subsets": {name: asdict(count) for name, count in self.subsets.items()},
             "writer": asdict(self.writer.sync()),
         }
 
@@ -123,11 +136,19 @@ class _Pair:
 class Outputs:
     """All pairs of a run, by JSON key and subset, in the order in which they appeared."""
 
-    def __init__(self, directory: Path, rules: EncodingRules) -> None:
+    def __init__(self, directory: Path, prefix: str, rules: EncodingRules) -> None:
+        """Make ready to write.
+
+        Raises:
+            ConfigError: no pair could be put under its name in the end.
+        """
         self._directory = directory
+        self._prefix = prefix
         self._rules = rules
         self._pairs: dict[tuple[str, str | None], _Pair] = {}
         self.accounts = {key: Account() for key in rules.json_keys}
+        for key in () if rules.split_by_subset else rules.json_keys:
+            _require_usable(f"{prefix}{_whole_name(key)}")
 
     def add(self, block: EncodedBlock, policy: ErrorPolicy) -> None:
         """Append a block's documents and count its records.
@@ -163,14 +184,8 @@ class Outputs:
         for key, saved in state["accounts"].items():
             self.accounts[key] = Account(**{**saved, "skipped": Counter(saved["skipped"])})
 
-    def complete(
-        self, prefix: str, tokenizer: Tokenizer, sources: Sequence[SourceFile]
-    ) -> dict[str, tuple[Path, Manifest]]:
-        """Finish every pair under its working name; return that and the manifest by final data path.
-
-        Raises:
-            ConfigError: a key has no document at all.
-        """
+    def require_documents(self) -> None:
+        """Raise ConfigError when a key has no document at all."""
         for key, account in self.accounts.items():
             if account.documents == 0:
                 first = f"; first: {account.examples[0]}" if account.examples else ""
@@ -178,11 +193,16 @@ class Outputs:
                     f'no document has text under the key "{key}" ({counts_in_words(account.skipped)}{first}): check '
                     "--json-keys and --input"
                 )
-        done: dict[str, tuple[Path, Manifest]] = {}
+
+    def complete(
+        self, tokenizer: Tokenizer, sources: Sequence[SourceFile]
+    ) -> list[tuple[Path, str, Manifest]]:
+        """Finish every pair under its working name; return that, what follows the output prefix, and the manifest."""
+        done: list[tuple[Path, str, Manifest]] = []
         for pair in self._pairs.values():
             manifest = self._manifest_of(pair, tokenizer, sources)
             write_manifest(str(pair.writer.stem), manifest)
-            done[f"{prefix}{pair.file_name}"] = pair.writer.stem, manifest
+            done.append((pair.writer.stem, pair.name, manifest))
         return done
 
     def close(self) -> None:
@@ -202,10 +222,9 @@ class Outputs:
                 f"more than {MAX_SUBSETS} subsets under {self._rules.subset_key}, {subset!r} the latest: "
                 "--split-by-subset writes a pair for each; check --subset-key"
             )
-        name = f"_{key}_document"
-        if subset is not None:
-            taken = [pair.file_name[1 : -len(name)] for pair in self._pairs.values() if pair.key == key]
-            name = f"_{file_name_of(subset or UNNAMED, taken)}{name}"
+        taken = [pair.name for pair in self._pairs.values()]
+        name = _whole_name(key) if subset is None else pair_name(subset, key, taken)
+        _require_usable(f"{self._prefix}{name}")
         writer = IndexedWriter(self._stem(len(self._pairs)), self._rules.dtype)
         return _Pair(key, subset, name, writer)
 
@@ -234,10 +253,26 @@ class Outputs:
             skipped=dict(sorted(account.skipped.items())) if is_whole else {},
             skipped_examples=tuple(account.examples) if is_whole else (),
             records=account.records if is_whole else writer.documents,
-            subset=None if pair.subset is None else pair.subset or UNNAMED,
+            subset=pair.subset,
             subsets=dict(sorted(pair.subsets.items())),
             eod_in_text=pair.eod_in_text,
             bin_sha256=bin_sha256,
             idx_sha256=idx_sha256,
             tool_version=__version__,
         )
+
+
+def _whole_name(key: str) -> str:
+    return f"_{key}_document"
+
+
+def _require_usable(prefix: str) -> None:
+    """Raise ConfigError when the files of a pair could not be put under this name: better now than after hours."""
+    for kind in ("bin", "idx", "manifest.json"):
+        path = Path(f"{prefix}.{kind}")
+        if len(os.fsencode(path.name)) > _LONGEST_FILE_NAME:
+            raise ConfigError(
+                f"{path.name} is longer than a file's name can be: give a shorter --output-prefix"
+            )
+        if path.is_dir():
+            raise ConfigError(f"{path} is a directory: give another --output-prefix")

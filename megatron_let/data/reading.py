@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_let.data.blocks import START, Block, Position
 from megatron_let.data.encoding import EncodedBlock
-from megatron_let.data.input_rules import FoundSource, InputRules
+from megatron_let.data.input_rules import STANDARD_INPUT, FoundSource, InputRules
 from megatron_let.data.manifest import SourceFile
+from megatron_let.data.raw_stream import standard_input
 from megatron_let.data.readers import read_blocks
 from megatron_let.errors import ConfigError
 
@@ -25,6 +27,7 @@ class Reading:
     sources: Sequence[FoundSource]
     finished: list[SourceFile] = field(default_factory=list)
     position: Position = START
+    _finished_bytes: int = field(default=0, init=False)
 
     def blocks(self, rules: InputRules) -> Iterator[Block]:
         """Yield what is left to read.
@@ -42,12 +45,13 @@ class Reading:
         self.position = block.end
         if block.is_last:
             self.finished.append(SourceFile(block.path, block.end.disk_bytes, block.end.digest))
+            self._finished_bytes += block.end.disk_bytes
             self.position = START
 
     @property
     def disk_bytes(self) -> int:
         """Bytes read of all files."""
-        return sum(source.size for source in self.finished) + self.position.disk_bytes
+        return self._finished_bytes + self.position.disk_bytes
 
     @property
     def total_bytes(self) -> int | None:
@@ -70,30 +74,51 @@ class Reading:
             ConfigError: the sources are not the same. (The one in the middle of which it stopped is checked when it
                 is read.)
         """
-        then = {path: (size, mtime_ns) for path, size, mtime_ns in state["files"]}
-        now = {source.path: source for source in self.sources}
-        if list(then) != list(now):
-            other = next(iter(sorted(then.keys() ^ now.keys())), "their order")
+        then = [path for path, _, _ in state["files"]]
+        now = [source.path for source in self.sources]
+        if then != now:
+            other = next(iter(sorted(set(then) ^ set(now))), "their order")
             raise _changed(f"--input names other files than the stopped run ({other})")
+        require_unchanged(state)
         self.finished = [SourceFile(**source) for source in state["finished"]]
         self.position = Position(**state["position"])
-        for path, (size, _) in then.items():
-            if now[path].size != size:
+        self._finished_bytes = sum(source.size for source in self.finished)
+
+
+def require_unchanged(state: Mapping[str, Any]) -> None:
+    """Check that the sources are what they were when `Reading.state` was taken; those that are gone are left out.
+
+    Raises:
+        ConfigError: a source has another size, or one that was read to its end has other content.
+    """
+    digests = {source["path"]: source["sha256"] for source in state["finished"]}
+    for path, size, mtime_ns in state["files"]:
+        if path == STANDARD_INPUT:
+            is_same = path not in digests or _digest_of(standard_input()) == digests[path]
+        elif not os.path.exists(path):
+            continue
+        else:
+            status = os.stat(path)
+            if status.st_size != size:
                 raise _changed(
-                    f"input {path} had {size} bytes when the stopped run began, it has {now[path].size}"
+                    f"input {path} had {size} bytes when the stopped run began, it has {status.st_size}"
                 )
-        for source in self.finished:
-            is_touched = now[source.path].mtime_ns != then[source.path][1]
-            if is_touched and sha256_of(source.path) != source.sha256:
-                raise _changed(f"input {source.path} has changed since the stopped run read it")
+            is_touched = status.st_mtime_ns != mtime_ns
+            is_same = not is_touched or path not in digests or sha256_of(path) == digests[path]
+        if not is_same:
+            raise _changed(f"input {path} has changed since the stopped run read it")
 
 
 def sha256_of(path: str) -> str:
     """Return the SHA-256 of a file, hex."""
-    digest = hashlib.sha256()
     with Path(path).open("rb") as stream:
-        while block := stream.read(_CHUNK_BYTES):
-            digest.update(block)
+        return _digest_of(stream)
+
+
+def _digest_of(stream: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := stream.read(_CHUNK_BYTES):
+        digest.update(block)
     return digest.hexdigest()
 
 

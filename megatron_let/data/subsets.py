@@ -10,21 +10,24 @@ from typing import Any
 from megatron_let.data.manifest import Manifest
 from megatron_let.errors import ConfigError
 
-UNNAMED = "unnamed"
 MAX_SUBSETS = 256
+_UNNAMED = "unnamed"
 _LONGEST_NAME = 80
 
 
-def file_name_of(subset: str, taken: Collection[str]) -> str:
-    """Return a file name for a subset: letters, digits, `.`, `_` and `-` stay, other runs become `_`.
+def pair_name(subset: str, key: str, taken: Collection[str]) -> str:
+    """Return what follows the output prefix in the name of a subset's pair: _SUBSET_KEY_document.
 
-    A name that is `taken` already, by a subset that differs only in what was replaced, gets a digest behind it. File
-    systems may not tell upper from lower case, so names that differ only there count as the same.
+    Of the subset's name letters, digits, `.`, `_` and `-` stay, other runs become `_`; a record without one is in the
+    subset "". A name that is `taken` already gets a digest behind the subset. File systems may not tell upper from
+    lower case, so names that differ only there count as the same.
     """
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", subset).strip("._")[:_LONGEST_NAME] or UNNAMED
-    if name.lower() in {other.lower() for other in taken}:
-        return f"{name}-{hashlib.sha256(subset.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
-    return name
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", subset).strip("._")[:_LONGEST_NAME] or _UNNAMED
+    found = f"_{name}_{key}_document"
+    if found.lower() in {other.lower() for other in taken}:
+        digest = hashlib.sha256(f"{key} {subset}".encode("utf-8", "surrogatepass")).hexdigest()[:8]
+        found = f"_{name}-{digest}_{key}_document"
+    return found
 
 
 def parse_weights(words: Sequence[str]) -> dict[str, float]:
@@ -48,22 +51,33 @@ def parse_weights(words: Sequence[str]) -> dict[str, float]:
     return weights
 
 
-def blend_line(manifests: Mapping[str, Manifest], weights: Mapping[str, float]) -> str:
+def blend_words(manifests: Mapping[str, Manifest], weights: Mapping[str, float]) -> list[str]:
     """Return WEIGHT PREFIX WEIGHT PREFIX ... as `--data-path` takes it.
 
     Without `weights` a subset weighs as much as its share of the tokens, which reads every subset equally often;
     with them a subset that they do not name is left out.
+
+    Raises:
+        ConfigError: `weights` name a subset that is not there.
     """
+    names = {str(manifest.subset) for manifest in manifests.values()}
+    if unknown := sorted(weights.keys() - names):
+        raise ConfigError(
+            f"--subset-weights names {unknown[0]!r}, and there is no such subset (there are {', '.join(sorted(names))}): "
+            "the same command with other weights ends at once, nothing is encoded again"
+        )
     total = sum(manifest.tokens for manifest in manifests.values())
     words: list[str] = []
     for prefix, manifest in manifests.items():
-        weight = weights.get(manifest.subset or UNNAMED) if weights else manifest.tokens / total
+        weight = weights.get(str(manifest.subset)) if weights else manifest.tokens / total
         if weight is not None:
             words += [f"{weight:.6g}", prefix]
-    return " ".join(words)
+    return words
 
 
-def subset_report(account: Mapping[str, Any], manifests: Mapping[str, Manifest], line: str) -> dict[str, Any]:
+def subset_report(
+    account: Mapping[str, Any], manifests: Mapping[str, Manifest], words: Sequence[str]
+) -> dict[str, Any]:
     """Return the account of a run by subset: every record, what each subset holds, and the blend."""
     subsets = {
         str(manifest.subset): {
@@ -74,4 +88,4 @@ def subset_report(account: Mapping[str, Any], manifests: Mapping[str, Manifest],
         }
         for prefix, manifest in manifests.items()
     }
-    return {**account, "subsets": subsets, "data_path": line.split()}
+    return {**account, "subsets": subsets, "data_path": list(words)}

@@ -45,10 +45,15 @@ def map_in_order(
     `size_of` (bytes) are handed out one after another rather than all at once.
 
     Raises:
-        LetError: a worker died or the function failed there; the message says which.
+        LetError: a worker died or the function failed; the message says which.
     """
     if num_workers == 1:
-        yield from map(function, items)
+        for item in items:
+            try:
+                result = function(item)
+            except Exception as error:
+                raise LetError(_failed(error)) from error
+            yield result
         return
     team = _Team[Item, Result](function, num_workers, size_of)
     try:
@@ -132,7 +137,7 @@ class _Team(Generic[Item, Result]):
             except (EOFError, ConnectionResetError):
                 raise _death_of(worker.process) from None
             if failure:
-                raise LetError(f"a worker process failed: {failure}")
+                raise LetError(failure)
             answers[index] = answer
             del self._busy[connection]
             self._idle.append(worker)
@@ -165,6 +170,13 @@ def _death_of(process: BaseProcess) -> LetError:
     )
 
 
+def _failed(error: Exception) -> str:
+    if isinstance(error, LetError):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"a worker failed: {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+
+
 def _work(items: Connection, answers: Connection, function: Callable[[Any], Any]) -> None:
     """Answer items until the pipe closes: (failure, result), where failure is empty when all went well."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the run, once
@@ -175,6 +187,5 @@ def _work(items: Connection, answers: Connection, function: Callable[[Any], Any]
             try:
                 answer = ("", function(item))
             except Exception as error:
-                place = traceback.extract_tb(error.__traceback__)[-1]
-                answer = (f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})", None)
+                answer = (_failed(error), None)
             answers.send(answer)

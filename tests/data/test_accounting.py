@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,12 +20,12 @@ from hypothesis import strategies as st
 from megatron_let.data.indexed import check_indexed, read_document
 from megatron_let.data.manifest import Manifest, SubsetCount, read_manifest
 from megatron_let.data.preprocess import PreprocessSettings, preprocess
-from megatron_let.data.subsets import UNNAMED
 from megatron_let.data.tokenizers import NullTokenizer, Tokenizer, build_tokenizer
 from megatron_let.errors import ConfigError
 
 WriteJsonl = Callable[..., str]
 NUMBERS = NullTokenizer(1000)
+PROGRAM = Path(__file__).with_name("preprocess_program.py")
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,45 @@ class TestPolicy:
         assert (tmp_path / "out.partial" / "journal.json").exists()
         manifest = one(tmp_path / "out", [path], max_error_fraction=0.1, block_bytes=5000)
         assert (manifest.documents, manifest.skipped) == (10_000, {"invalid_json": 200})
+
+
+class TestAccount:
+    def test_sums_and_largest_ids_are_those_of_all_blocks(
+        self, write_jsonl: WriteJsonl, tmp_path: Path
+    ) -> None:
+        path = write_jsonl([{"text": "999"}, *good(500), {"text": "3"}])
+        manifest = one(tmp_path / "out", [path], block_bytes=100, append_eod=False)
+        assert manifest.max_token_id == 999
+        assert manifest.bytes == 3 + sum(len(record["text"]) for record in good(500)) + 1
+        assert manifest.tokens == 502
+
+    def test_errors_are_named_before_what_holds_nothing(
+        self, write_jsonl: WriteJsonl, tmp_path: Path
+    ) -> None:
+        path = write_jsonl([{"text": "1"}, *[b""] * 30, b"{broken", *[b""] * 30, {"text": None}])
+        for block_bytes in (10, 10_000):
+            manifest = one(tmp_path / f"out_{block_bytes}", [path], block_bytes=block_bytes)
+            examples = [example.rpartition(":")[2].strip() for example in manifest.skipped_examples]
+            assert examples == ["invalid_json", "null_text", *["blank_line"] * 8]
+
+    @pytest.mark.parametrize(
+        ("prefix", "changes", "message"),
+        [
+            ("x" * 240, {}, "longer than a file's name"),
+            ("taken", {}, r"taken_text_document\.bin is a directory"),
+            ("out", {"json_keys": ("a/b",)}, "cannot be part of a file's name"),
+        ],
+    )
+    def test_a_name_that_cannot_be_is_refused_before_any_work(
+        self, write_jsonl: WriteJsonl, tmp_path: Path, prefix: str, changes: dict[str, Any], message: str
+    ) -> None:
+        (tmp_path / "taken_text_document.bin").mkdir()
+        path = write_jsonl([b"{broken"])
+        for split in (False, True) if prefix.startswith("x") else (False,):
+            with pytest.raises(
+                ConfigError, match=message if not split else "longer than a file's name|no document"
+            ):
+                run(tmp_path / prefix, [path], split_by_subset=split, **changes)
 
 
 class TestLength:
@@ -197,7 +237,7 @@ class TestSubsets:
         for workers in (1, 2):
             directory = tmp_path / str(workers)
             manifests = run(directory / "out", [path], split_by_subset=True, workers=workers, block_bytes=50)
-            names = {"Pile-CC": "Pile-CC", "Wikipedia (en)": "Wikipedia_en", UNNAMED: "unnamed"}
+            names = {"Pile-CC": "Pile-CC", "Wikipedia (en)": "Wikipedia_en", "": "unnamed"}
             assert {manifest.subset: prefix for prefix, manifest in manifests.items()} == {
                 subset: str(directory / f"out_{name}_text_document") for subset, name in names.items()
             }
@@ -211,7 +251,7 @@ class TestSubsets:
             assert report["records"] == 6 == report["documents"] + sum(report["skipped"].values())
             assert report["skipped"] == {"null_text": 1}
             assert {name: entry["tokens"] for name, entry in report["subsets"].items()} == {
-                **{"Pile-CC": 7, "Wikipedia (en)": 2, UNNAMED: 4}
+                **{"Pile-CC": 7, "Wikipedia (en)": 2, "": 4}
             }
             words = (directory / "out_text_blend.txt").read_text().split()
             assert words == report["data_path"]
@@ -244,6 +284,115 @@ class TestSubsets:
         manifest = one(tmp_path / "out", [path], subset_key="id")
         assert len(manifest.subsets) == 1001
         assert manifest.subsets["(others)"].documents == 200
+
+    def test_two_keys_and_subsets_whose_names_meet_get_a_pair_each(
+        self, write_jsonl: WriteJsonl, tmp_path: Path
+    ) -> None:
+        records = [{"text": "1", "x_text": "2", "s": "a_x"}, {"text": "3", "x_text": "4", "s": "a"}]
+        manifests = run(
+            tmp_path / "out",
+            [write_jsonl(records)],
+            split_by_subset=True,
+            subset_key="s",
+            json_keys=("text", "x_text"),
+        )
+        found = {
+            (m.subset, m.json_key): read_document(prefix, 0).tolist()[0] for prefix, m in manifests.items()
+        }
+        assert found == {("a_x", "text"): 1, ("a_x", "x_text"): 2, ("a", "text"): 3, ("a", "x_text"): 4}
+
+    def test_a_subset_called_unnamed_is_not_that_of_records_without_a_name(
+        self, write_jsonl: WriteJsonl, tmp_path: Path
+    ) -> None:
+        path = write_jsonl([{"text": "1", "s": "unnamed"}, {"text": "2"}])
+        run(
+            tmp_path / "out",
+            [path],
+            split_by_subset=True,
+            subset_key="s",
+            subset_weights={"": 2.0, "unnamed": 1.0},
+        )
+        report = json.loads((tmp_path / "out_text_subsets.json").read_text())
+        assert {name: entry["documents"] for name, entry in report["subsets"].items()} == {
+            "": 1,
+            "unnamed": 1,
+        }
+        assert sorted(report["data_path"][::2]) == ["1", "2"]
+
+    def test_a_misspelt_weight_ends_the_run_which_then_goes_on_with_the_right_one(
+        self, write_jsonl: WriteJsonl, tmp_path: Path
+    ) -> None:
+        path = write_jsonl(self.RECORDS)
+        said: list[str] = []
+        for weights in ({"Pile-C": 1.0}, {"Pile-CC": 1.0}):
+            settings = PreprocessSettings(
+                (path,), str(tmp_path / "out"), split_by_subset=True, subset_weights=weights
+            )
+            if "Pile-C" in weights:
+                with pytest.raises(ConfigError, match=r"names 'Pile-C'.* nothing is encoded again"):
+                    preprocess(settings, NUMBERS, said.append)
+                said.clear()
+            else:
+                preprocess(settings, NUMBERS, said.append)
+        assert said[0].startswith("going on after")
+        assert (
+            said[-1] == f"--subset-weights leaves {tmp_path / 'out_unnamed_text_document'} out of the blend"
+        )
+        assert (
+            tmp_path / "out_text_blend.txt"
+        ).read_text() == f"1 {tmp_path / 'out_Pile-CC_text_document'}\n"
+
+    def test_a_pair_that_an_earlier_run_left_is_named(self, write_jsonl: WriteJsonl, tmp_path: Path) -> None:
+        run(tmp_path / "out", [write_jsonl(self.RECORDS)], split_by_subset=True)
+        said: list[str] = []
+        path = write_jsonl(self.RECORDS[:2], "fewer.jsonl")
+        preprocess(
+            PreprocessSettings((path,), str(tmp_path / "out"), split_by_subset=True), NUMBERS, said.append
+        )
+        assert (
+            said[-1] == f"{tmp_path / 'out_unnamed_text_document'} is of an earlier run, and not in the blend"
+        )
+
+    def test_a_prefix_that_a_blend_cannot_hold_is_refused(
+        self, write_jsonl: WriteJsonl, tmp_path: Path
+    ) -> None:
+        path = write_jsonl(self.RECORDS)
+        for name in ("o ut", "out\udcff"):
+            with pytest.raises(ConfigError, match="--data-path could not take it"):
+                run(tmp_path / name, [path], split_by_subset=True)
+
+    def test_a_long_name_is_cut_when_it_is_counted(self, write_jsonl: WriteJsonl, tmp_path: Path) -> None:
+        path = write_jsonl([{"text": "1", "s": "x" * 10_000}])
+        assert one(tmp_path / "out", [path], subset_key="s").subsets == {"x" * 200: SubsetCount(1, 2, 1)}
+
+    @pytest.mark.parametrize("hard", [False, True])
+    def test_many_subsets_need_many_open_files(
+        self, write_jsonl: WriteJsonl, tmp_path: Path, hard: bool
+    ) -> None:
+        """More than a shell usually allows; a program may raise that by itself, up to a limit that it may not."""
+        path = write_jsonl([{"text": "1", "s": f"subset {number}"} for number in range(100)])
+        settings = {
+            "inputs": [path],
+            "output_prefix": str(tmp_path / "out"),
+            "split_by_subset": True,
+            "subset_key": "s",
+        }
+        limit = f"ulimit -{'H' if hard else 'S'}n 200; exec " + '"$@"'
+        command = [sys.executable, str(PROGRAM), json.dumps({"json_keys": ["text"], **settings})]
+        result = subprocess.run(
+            ["bash", "-c", f"ulimit -Sn 200; {limit}", "bash", *command],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        if hard:
+            assert result.returncode == 1
+            assert result.stdout.splitlines()[-1].startswith(
+                "error: a pair for each subset needs three open files"
+            )
+        else:
+            assert result.returncode == 0, result.stdout
+            assert len(list(tmp_path.glob("*.bin"))) == 100
 
     def test_weights_without_a_split_are_refused(self, write_jsonl: WriteJsonl, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="--subset-weights needs --split-by-subset"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,13 +75,14 @@ def test_a_table_that_is_gone_is_refused(tmp_path: Path) -> None:
         IndexedWriter(tmp_path / "stem", "uint16", state)
 
 
-def test_tokens_that_changed_since_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["bin", "lengths", "bounds"])
+def test_what_changed_since_is_refused(tmp_path: Path, kind: str) -> None:
     state = write(tmp_path / "stem", 0, 3)
-    path = working_file(tmp_path / "stem", "bin")
+    path = working_file(tmp_path / "stem", kind)
     content = bytearray(path.read_bytes())
     content[3] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"stem\.bin does not hold"):
+    with pytest.raises(ConfigError, match=rf"stem\.{kind} does not hold"):
         IndexedWriter(tmp_path / "stem", "uint16", state)
 
 
@@ -105,6 +108,33 @@ def test_installing_finishes_what_a_kill_left_undone(tmp_path: Path) -> None:
         for kind in names:
             assert working_file(work / "pair", kind).read_bytes() == working_file(new, kind).read_bytes()
         assert len(list(work.iterdir())) == 3
+
+
+def test_no_moment_of_installing_shows_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each single step: an index lies beside its own tokens, a manifest beside its own index, or not at all."""
+    new, kinds = tmp_path / "stem", ("bin", "idx", "manifest.json")
+    for kind in kinds:
+        working_file(new, kind).write_text("new")
+        working_file(tmp_path / "pair", kind).write_text("old")
+    seen: list[tuple[str, ...]] = []
+
+    def then_look(original: Callable[..., Any]) -> Callable[..., Any]:
+        def step(path: Path, *arguments: Any, **options: Any) -> Any:
+            result = original(path, *arguments, **options)
+            paths = [working_file(tmp_path / "pair", kind) for kind in kinds]
+            seen.append(tuple(each.read_text() if each.exists() else "none" for each in paths))
+            return result
+
+        return step
+
+    monkeypatch.setattr(Path, "replace", then_look(Path.replace))
+    monkeypatch.setattr(Path, "unlink", then_look(Path.unlink))
+    install_pair(new, str(tmp_path / "pair"))
+    assert len(seen) == 5
+    for data, index, manifest in seen:
+        assert index in (data, "none")
+        assert manifest in (index, "none") or (index, manifest) == ("none", "old")
+    assert seen[-1] == ("new", "new", "new")
 
 
 def test_removing_working_files_leaves_the_others(tmp_path: Path) -> None:
@@ -133,7 +163,7 @@ def test_what_does_not_add_up_is_an_assertion(tmp_path: Path) -> None:
             writer.add_documents(b"\1\0\2\0", one, one)
         with pytest.raises(AssertionError, match="counts"):
             writer.add_documents(b"\1\0", one, np.asarray([2], np.int32).tobytes())
-        assert writer.sync() == WriterState(digest=hashlib.sha256().hexdigest())
+        assert writer.sync() == WriterState(digests=[hashlib.sha256().hexdigest()] * 3)
 
 
 def test_a_new_writer_forgets_what_lies_under_its_name(tmp_path: Path) -> None:

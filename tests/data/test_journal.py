@@ -51,6 +51,50 @@ def test_clearing_and_removing(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
+def test_the_journal_goes_first_and_the_lock_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a kill in the middle leaves is nothing to go on from, and held by the one who deletes it."""
+    with WorkingDirectory(str(tmp_path / "out")) as directory:
+        for name in ("0000.bin", "aaa", "zzz"):
+            (directory.path / name).write_bytes(b"x")
+        directory.write_journal(JOURNAL)
+        deleted: list[str] = []
+        original = Path.unlink
+
+        def unlink(path: Path, missing_ok: bool = False) -> None:
+            if path.exists():
+                deleted.append(path.name)
+            original(path, missing_ok=missing_ok)
+
+        monkeypatch.setattr(Path, "unlink", unlink)
+        directory.remove()
+    assert deleted[0] == "journal.json"
+    assert deleted[-1] == "lock"
+    assert len(deleted) == 5
+
+
+def test_a_directory_that_was_removed_is_not_removed_again(tmp_path: Path) -> None:
+    prefix = str(tmp_path / "out")
+    with WorkingDirectory(prefix) as first:
+        first.remove()
+        with WorkingDirectory(prefix) as second:
+            second.write_journal(JOURNAL)
+    assert (tmp_path / "out.partial" / "journal.json").exists()
+
+
+def test_a_journal_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with WorkingDirectory(str(tmp_path / "out")) as directory:
+        directory.write_journal(JOURNAL)
+
+        def fail(path: Path, text: str) -> None:
+            path.write_text(text[:10])
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("megatron_let.data.journal.write_synced", fail)
+        with pytest.raises(KeyboardInterrupt):
+            directory.write_journal(Journal({}, {}, installing=True))
+        assert directory.read_journal() == JOURNAL
+
+
 def test_a_second_run_is_refused_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
     prefix = str(tmp_path / "out")
     holder = subprocess.Popen(

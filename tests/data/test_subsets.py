@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.utils import get_blend_from_list
 
-from megatron_let.data.subsets import blend_line, file_name_of, parse_weights, subset_report
+from megatron_let.data.subsets import blend_words, pair_name, parse_weights, subset_report
 from megatron_let.errors import ConfigError
 from tests.data.test_manifest import MANIFEST
 
@@ -35,32 +35,49 @@ THREE = {
     ],
 )
 def test_names_of_subsets_become_names_of_files(subset: str, name: str) -> None:
-    assert file_name_of(subset, []) == name
+    assert pair_name(subset, "text", []) == f"_{name}_text_document"
 
 
-@given(st.lists(st.text(max_size=100), unique=True, max_size=20))
-def test_no_two_subsets_share_a_file_and_none_leaves_the_directory(subsets: list[str]) -> None:
+@given(
+    st.lists(
+        st.tuples(st.text(max_size=100), st.sampled_from(["text", "x_text", "Text"])),
+        unique=True,
+        max_size=20,
+    )
+)
+def test_no_two_pairs_share_a_file_and_none_leaves_the_directory(pairs: list[tuple[str, str]]) -> None:
     taken: list[str] = []
-    for subset in subsets:
-        name = file_name_of(subset, taken)
+    for subset, key in pairs:
+        name = pair_name(subset, key, taken)
         assert Path(name).name == name
         assert name.isascii()
-        assert not name.startswith(".")
-        taken.append(name.lower())
-    assert len(set(taken)) == len(subsets)
+        taken.append(name)
+    assert len({name.lower() for name in taken}) == len(pairs)
+
+
+def test_a_subset_and_a_key_that_make_one_name_get_two_files() -> None:
+    first = pair_name("a_x", "text", [])
+    assert first == "_a_x_text_document"
+    assert pair_name("a", "x_text", [first]) not in ("", first)
+    assert pair_name("A_X", "text", [first]).lower() != first.lower()
 
 
 def test_the_natural_blend_weighs_by_tokens_and_megatron_reads_it() -> None:
-    line = blend_line(THREE, {})
-    assert line == "0.6 data/a_text_document 0.3 data/b_text_document 0.1 data/c_text_document"
-    prefixes, weights = get_blend_from_list(line.split())
+    words = blend_words(THREE, {})
+    assert " ".join(words) == "0.6 data/a_text_document 0.3 data/b_text_document 0.1 data/c_text_document"
+    prefixes, weights = get_blend_from_list(words)
     assert prefixes == list(THREE)
     assert weights == [0.6, 0.3, 0.1]
 
 
 def test_given_weights_replace_the_natural_ones_and_leave_the_others_out() -> None:
     weights = parse_weights(["b b=2", "c=0.5"])
-    assert blend_line(THREE, weights) == "2 data/b_text_document 0.5 data/c_text_document"
+    assert " ".join(blend_words(THREE, weights)) == "2 data/b_text_document 0.5 data/c_text_document"
+
+
+def test_a_weight_for_a_subset_that_is_not_there_is_refused_with_the_names_of_those_that_are() -> None:
+    with pytest.raises(ConfigError, match=r"names 'd', and there is no such subset \(there are a, b b, c\)"):
+        blend_words(THREE, {"a": 1.0, "d": 1.0})
 
 
 @pytest.mark.parametrize("words", [["a"], ["a=x"], ["a=0"], ["a=-1"], ["a=inf"], ["a=nan"], ["a=1", "a=2"]])
@@ -74,7 +91,7 @@ def test_a_name_may_hold_an_equals_sign() -> None:
 
 
 def test_the_report_tells_all() -> None:
-    report = subset_report({"records": 9, "documents": 9}, THREE, blend_line(THREE, {}))
+    report = subset_report({"records": 9, "documents": 9}, THREE, blend_words(THREE, {}))
     assert report["records"] == 9
     assert report["subsets"]["b b"] == {
         "prefix": "data/b_text_document",
@@ -82,4 +99,4 @@ def test_the_report_tells_all() -> None:
         "tokens": 300,
         "bytes": MANIFEST.bytes,
     }
-    assert report["data_path"] == blend_line(THREE, {}).split()
+    assert report["data_path"] == blend_words(THREE, {})

@@ -29,6 +29,10 @@ def fail_at_three(item: int) -> int:
     return item
 
 
+def fail_with_a_message(item: int) -> int:
+    raise LetError("for people")
+
+
 def killed_at_three(item: int) -> int:
     if item == 3:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -84,10 +88,18 @@ def test_reading_does_not_run_far_ahead_of_a_slow_item() -> None:
     results.close()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_message_for_people_comes_through_as_it_is(num_workers: int) -> None:
+    with pytest.raises(LetError, match=r"^for people$"):
+        list(map_in_order(fail_with_a_message, range(5), num_workers))
+    with pytest.raises(LetError, match=r"^a worker failed: KeyError: 'three' \(.*test_workers\.py:\d+\)$"):
+        list(map_in_order(fail_at_three, range(5), num_workers))
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (fail_at_three, "a worker process failed: KeyError: 'three'"),
+        (fail_at_three, "a worker failed: KeyError: 'three'"),
         (killed_at_three, "by signal SIGKILL"),
         (leave_at_three, "with code 7"),
     ],

@@ -162,7 +162,9 @@ def test_input_without_a_single_document_is_an_error_and_leaves_the_old_pair(
     lines: list[Any] = [{"content": "a"}] * 3 if kind == "wrong_key" else list(BAD_LINES)
     with pytest.raises(ConfigError, match='no document has text under the key "text"') as caught:
         run(tokenizer, tmp_path / "out", [write_jsonl(lines, "bad.jsonl")])
-    first = "bad.jsonl:1 (byte 0): missing_key" if kind == "wrong_key" else "bad.jsonl:2 (byte 1): invalid_json"
+    first = (
+        "bad.jsonl:1 (byte 0): missing_key" if kind == "wrong_key" else "bad.jsonl:2 (byte 1): invalid_json"
+    )
     assert first in str(caught.value)
     (tmp_path / "bad.jsonl").unlink()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -138,7 +138,7 @@ def encode_block(block: Block, rules: EncodingRules, encoder: BatchEncoder) -> E
         block, text_key=rules.json_keys[0], replace_invalid_utf8=rules.replace_invalid_utf8
     ):
         if record.rejection:
-            unusable.add(record.number, record.byte, record.rejection, record.count)
+            unusable.add(record.number, record.byte, record.rejection, record.repeats)
         else:
             records.append(record)
             subsets.append(subset_of(record.values, path))

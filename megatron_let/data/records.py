@@ -59,7 +59,7 @@ class Line(NamedTuple):
     content: memoryview
     is_cut: bool
     """It had no newline: the source ends here, perhaps too early."""
-    count: int = 1
+    repeats: int = 1
     """How many lines: more than one only for empty lines that follow each other, this being the first."""
 
 
@@ -72,7 +72,7 @@ class Record(NamedTuple):
     values: dict[str, Any]
     rejection: str
     """The reason, empty for a usable record."""
-    count: int = 1
+    repeats: int = 1
     """How many records: more than one only for empty lines that follow each other, this being the first."""
 
     def take_texts(self, key: str) -> list[str]:
@@ -100,7 +100,7 @@ def records_of(block: Block, *, text_key: str, replace_invalid_utf8: bool = Fals
     for line in _whole(block) if block.kind is RecordKind.TEXT_FILE else lines_of(block):
         is_json = block.kind is RecordKind.JSON_LINES
         if is_json and (reason := _reason_at_first_sight(line, replace_invalid_utf8)):
-            yield Record(line.number, line.byte, {}, reason, line.count)
+            yield Record(line.number, line.byte, {}, reason, line.repeats)
             continue
         try:
             if is_json:
@@ -109,7 +109,7 @@ def records_of(block: Block, *, text_key: str, replace_invalid_utf8: bool = Fals
                 values = {text_key: _text_of(line, block.kind, replace_invalid_utf8)}
             yield Record(line.number, line.byte, values, "")
         except RejectedRecord as rejected:
-            yield Record(line.number, line.byte, {}, rejected.reason, line.count)
+            yield Record(line.number, line.byte, {}, rejected.reason, line.repeats)
 
 
 def lines_of(block: Block) -> Iterator[Line]:
@@ -120,7 +120,7 @@ def lines_of(block: Block) -> Iterator[Line]:
     while (end := content.find(b"\n", start)) >= 0:
         if end == start and (empty := _EMPTY_LINES.match(content, start)):
             count = empty.end() - start
-            yield Line(number, block.first_byte + start, view[start:start], is_cut=False, count=count)
+            yield Line(number, block.first_byte + start, view[start:start], is_cut=False, repeats=count)
             number, start = number + count, start + count
             continue
         yield Line(number, block.first_byte + start, view[start:end], is_cut=False)
@@ -177,7 +177,7 @@ def utf8_size(texts: list[str]) -> int:
         RejectedRecord: a text holds half a surrogate pair, which JSON can spell but UTF-8 cannot.
     """
     try:
-        return sum([len(text) if text.isascii() else _encoded_size(text) for text in texts])
+        return sum(len(text) if text.isascii() else _encoded_size(text) for text in texts)
     except UnicodeEncodeError:
         raise RejectedRecord(LONE_SURROGATE) from None
 

@@ -127,14 +127,15 @@ class NullEncoder(BatchEncoder):
         return join_ids(batch)
 
 
-def join_ids(batch: Iterable[Sequence[int]]) -> EncodedTexts:
+def join_ids(batch: Iterable[list[int]]) -> EncodedTexts:
     """Return lists of ids as one array. Raises OverflowError for an id that 32 bits do not hold."""
-    # array reads a list three times faster than numpy does, and refuses what does not fit.
-    arrays = [np.asarray(array("I", ids)) for ids in batch]
-    return EncodedTexts(
-        ids=np.concatenate(arrays) if arrays else np.empty(0, dtype=np.uint32),
-        lengths=np.array([len(ids) for ids in arrays], dtype=np.int64),
-    )
+    # array reads a list three times faster than numpy does, and refuses what does not fit. One for all texts: there
+    # may be millions of them, and the smallest array of its own takes a hundred bytes.
+    ids, lengths = array("I"), array("q")
+    for text_ids in batch:
+        ids.fromlist(text_ids)
+        lengths.append(len(text_ids))
+    return EncodedTexts(np.asarray(ids), np.asarray(lengths))
 
 
 def join_encoded(pieces: Sequence[EncodedTexts]) -> EncodedTexts:

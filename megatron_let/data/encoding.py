@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import insort
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import attrgetter
 
@@ -13,6 +15,7 @@ from megatron_let.data.long_texts import TextTooLong, encode_texts
 from megatron_let.data.manifest import SubsetCount
 from megatron_let.data.packing import Document, EncodedPart, PackingRules, pack
 from megatron_let.data.records import (
+    HARMLESS,
     NO_TOKENS,
     NOT_ENCODABLE,
     TOO_LONG_TO_ENCODE,
@@ -28,9 +31,12 @@ __all__ = [
     "EncodedPart",
     "EncodingRules",
     "Skipped",
+    "SkippedCounts",
     "SubsetCount",
     "encode_block",
 ]
+
+_MAX_FIRST = 10
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,47 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class SkippedCounts:
+    """A block's records that gave no document under a key: a block may hold a million of them."""
+
+    by_reason: Mapping[str, int]
+    first: tuple[Skipped, ...]
+    """At most ten: the first errors, then the first harmless ones, each kind in the records' order."""
+
+    @property
+    def total(self) -> int:
+        """Return the number of records."""
+        return sum(self.by_reason.values())
+
+
+@dataclass
+class _SkippedTally:
+    """Counts skipped records, in any order, and keeps the first few."""
+
+    by_reason: Counter[str] = field(default_factory=Counter)
+    errors: list[tuple[int, int, str]] = field(default_factory=list)
+    harmless: list[tuple[int, int, str]] = field(default_factory=list)
+
+    def add(self, record: int, byte: int, reason: str, count: int = 1) -> None:
+        """Count `count` records of one byte each, or one of any size."""
+        self.by_reason[reason] += count
+        first = self.harmless if reason in HARMLESS else self.errors
+        if len(first) < _MAX_FIRST or record < first[-1][0]:
+            for index in range(min(count, _MAX_FIRST)):
+                insort(first, (record + index, byte + index, reason))
+            del first[_MAX_FIRST:]
+
+    def copy(self) -> _SkippedTally:
+        """Return one that goes on by itself."""
+        return _SkippedTally(self.by_reason.copy(), self.errors.copy(), self.harmless.copy())
+
+    def counts(self) -> SkippedCounts:
+        """Return what travels to the writing process."""
+        first = [*self.errors, *self.harmless][:_MAX_FIRST]
+        return SkippedCounts(dict(self.by_reason), tuple(Skipped(*item) for item in first))
+
+
+@dataclass(frozen=True)
 class EncodedBlock:
     """A block's result. For each key: num_records = documents over its parts + skipped."""
 
@@ -73,7 +120,7 @@ class EncodedBlock:
     end: Position
     parts: tuple[EncodedPart, ...]
     """By key, then subset; only parts with documents."""
-    skipped: Mapping[str, tuple[Skipped, ...]]
+    skipped: Mapping[str, SkippedCounts]
     """By JSON key."""
 
 
@@ -83,23 +130,32 @@ def encode_block(block: Block, rules: EncodingRules, encoder: BatchEncoder) -> E
     Raises:
         OverflowError: the encoder gave an id that the rules' type does not hold.
     """
-    records = list(
-        records_of(block, text_key=rules.json_keys[0], replace_invalid_utf8=rules.replace_invalid_utf8)
-    )
     path = tuple(rules.subset_key.split("."))
-    subsets = [subset_of(record.values, path) for record in records]
+    records: list[Record] = []
+    subsets: list[str] = []
+    unusable = _SkippedTally()
+    for record in records_of(
+        block, text_key=rules.json_keys[0], replace_invalid_utf8=rules.replace_invalid_utf8
+    ):
+        if record.rejection:
+            unusable.add(record.number, record.byte, record.rejection, record.repeats)
+        else:
+            records.append(record)
+            subsets.append(subset_of(record.values, path))
+    num_records = len(records) + unusable.by_reason.total()
     parts: list[EncodedPart] = []
-    skipped: dict[str, tuple[Skipped, ...]] = {}
+    skipped: dict[str, SkippedCounts] = {}
     for key in rules.json_keys:
-        key_parts, key_skipped = _encode_key(records, subsets, key, rules, encoder)
+        tally = unusable.copy()
+        key_parts = _encode_key(records, subsets, tally, key, rules, encoder)
         num_documents = sum(part.num_documents for part in key_parts)
-        assert len(records) == num_documents + len(key_skipped), f"{block.path}: a record is unaccounted for"
+        skipped[key] = tally.counts()
+        assert num_records == num_documents + skipped[key].total, f"{block.path}: a record is unaccounted for"
         parts += key_parts
-        skipped[key] = tuple(sorted(key_skipped, key=attrgetter("record")))
     return EncodedBlock(
         path=block.path,
         num_bytes=len(block.content),
-        num_records=len(records),
+        num_records=num_records,
         is_last=block.is_last,
         end=block.end,
         parts=tuple(parts),
@@ -108,31 +164,35 @@ def encode_block(block: Block, rules: EncodingRules, encoder: BatchEncoder) -> E
 
 
 def _encode_key(
-    records: Sequence[Record], subsets: Sequence[str], key: str, rules: EncodingRules, encoder: BatchEncoder
-) -> tuple[list[EncodedPart], list[Skipped]]:
-    documents, skipped = _documents_of(records, subsets, key)
+    records: Sequence[Record],
+    subsets: Sequence[str],
+    skipped: _SkippedTally,
+    key: str,
+    rules: EncodingRules,
+    encoder: BatchEncoder,
+) -> list[EncodedPart]:
+    documents = _documents_of(records, subsets, key, skipped)
     if rules.split_by_subset:  # a stable order: each subset in one piece, its documents as they came
         documents.sort(key=attrgetter("subset"))
-    documents, encoded, refused = _encode_documents(documents, encoder)
-    skipped += refused
+    documents, encoded = _encode_documents(documents, encoder, skipped)
     for document in documents:  # a huge text is gone before its tokens are copied
         document.texts.clear()
     packing_rules = PackingRules(rules.dtype, rules.append_eod, rules.eod)
     parts: list[EncodedPart] = []
     for subset, group, group_encoded in _groups(documents, encoded, rules.split_by_subset):
         part, empty = pack(group, group_encoded, packing_rules, key=key, subset=subset)
-        skipped += [Skipped(document.record, document.byte, NO_TOKENS) for document in empty]
+        for document in empty:
+            skipped.add(document.record, document.byte, NO_TOKENS)
         if part is not None:
             parts.append(part)
-    return parts, skipped
+    return parts
 
 
 def _documents_of(
-    records: Sequence[Record], subsets: Sequence[str], key: str
-) -> tuple[list[Document], list[Skipped]]:
+    records: Sequence[Record], subsets: Sequence[str], key: str, skipped: _SkippedTally
+) -> list[Document]:
     """Move the texts under `key` from the records into documents."""
     documents: list[Document] = []
-    skipped: list[Skipped] = []
     for record, subset in zip(records, subsets, strict=True):
         try:
             texts = record.take_texts(key)
@@ -140,30 +200,29 @@ def _documents_of(
                 Document(record.number, record.byte, texts, len(texts), utf8_size(texts), subset)
             )
         except RejectedRecord as rejected:
-            skipped.append(Skipped(record.number, record.byte, rejected.reason))
-    return documents, skipped
+            skipped.add(record.number, record.byte, rejected.reason)
+    return documents
 
 
 def _encode_documents(
-    documents: list[Document], encoder: BatchEncoder
-) -> tuple[list[Document], EncodedTexts, list[Skipped]]:
-    """Return the documents that the tokenizer takes, the ids of their texts, and what it refuses."""
+    documents: list[Document], encoder: BatchEncoder, skipped: _SkippedTally
+) -> tuple[list[Document], EncodedTexts]:
+    """Return the documents that the tokenizer takes and the ids of their texts."""
     try:
-        return documents, encode_texts(encoder, [text for item in documents for text in item.texts]), []
+        return documents, encode_texts(encoder, [text for item in documents for text in item.texts])
     except ValueError:
         pass
     taken: list[Document] = []
-    refused: list[Skipped] = []
     pieces: list[EncodedTexts] = []
     for document in documents:
         try:
             pieces.append(encode_texts(encoder, document.texts))
             taken.append(document)
         except TextTooLong:
-            refused.append(Skipped(document.record, document.byte, TOO_LONG_TO_ENCODE))
+            skipped.add(document.record, document.byte, TOO_LONG_TO_ENCODE)
         except ValueError:
-            refused.append(Skipped(document.record, document.byte, NOT_ENCODABLE))
-    return taken, join_encoded(pieces), refused
+            skipped.add(document.record, document.byte, NOT_ENCODABLE)
+    return taken, join_encoded(pieces)
 
 
 def _groups(

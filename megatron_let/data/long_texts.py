@@ -21,6 +21,8 @@ PIECE_CHARACTERS = 1 << 20
 """Where a piece may end; texts of up to twice as many are not cut."""
 MAX_WHOLE_CHARACTERS = 1 << 23
 """Longest stretch that is encoded whole where there is no safe cut: some 500 MB of the tokenizer's memory."""
+# Texts of one call: whatever their length, each takes hundreds of bytes in the tokenizer.
+_MAX_TEXTS = 1 << 14
 # Before a space that follows a word and precedes another; else, for text without spaces and tokenizers that drop
 # or add one, before a line's end or a punctuation mark. A run of white space stays in one piece.
 _PLACES = (re.compile(r"\w(?= \w)"), re.compile(r"\w(?=\n)"), re.compile(r"\w(?=[^\w\s])"))
@@ -85,7 +87,8 @@ def _batches(texts: Sequence[str], max_characters: int) -> Iterator[Sequence[str
     """Yield the texts in groups that are encoded in one call each; a longer text is alone."""
     first, size = 0, 0
     for index, text in enumerate(texts):
-        if size + len(text) > max_characters and index > first:
+        is_full = size + len(text) > max_characters or index - first == _MAX_TEXTS
+        if is_full and index > first:
             yield texts[first:index]
             first, size = index, 0
         size += len(text)

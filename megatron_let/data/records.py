@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -25,9 +27,18 @@ NO_TOKENS = "no_tokens"
 NOT_ENCODABLE = "not_encodable"
 TOO_LONG_TO_ENCODE = "too_long_to_encode"
 
+HARMLESS = frozenset({BLANK_LINE, EMPTY_TEXT, NO_TOKENS})
+"""Nothing was lost with these: there was no text."""
+
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# Characters whose UTF-8 size is counted at a time: no second copy of a huge text.
+# Characters whose UTF-8 size is counted, or bytes that are checked, at a time: no second copy of a huge text.
 _SIZE_CHUNK = 1 << 20
+_EMPTY_LINES = re.compile(rb"\n+")
+# White space as bytes.strip() has it, and the byte behind it.
+_FIRST_BYTE = re.compile(rb"[ \t\r\n\v\f]*+(.?)", re.DOTALL)
+# What a JSON value may begin with, the standard library's NaN and Infinity included.
+_BEGINS_JSON = b'{["-0123456789tfnNI'
+_BRACE = ord("{")
 
 
 class RejectedRecord(Exception):
@@ -48,6 +59,8 @@ class Line(NamedTuple):
     content: memoryview
     is_cut: bool
     """It had no newline: the source ends here, perhaps too early."""
+    repeats: int = 1
+    """How many lines: more than one only for empty lines that follow each other, this being the first."""
 
 
 class Record(NamedTuple):
@@ -59,6 +72,8 @@ class Record(NamedTuple):
     values: dict[str, Any]
     rejection: str
     """The reason, empty for a usable record."""
+    repeats: int = 1
+    """How many records: more than one only for empty lines that follow each other, this being the first."""
 
     def take_texts(self, key: str) -> list[str]:
         """Return the document under `key` and forget it here: a huge text is then held by the caller alone.
@@ -83,22 +98,31 @@ def records_of(block: Block, *, text_key: str, replace_invalid_utf8: bool = Fals
         yield Record(block.first_record, block.first_byte, {}, TOO_LONG)
         return
     for line in _whole(block) if block.kind is RecordKind.TEXT_FILE else lines_of(block):
+        is_json = block.kind is RecordKind.JSON_LINES
+        if is_json and (reason := _reason_at_first_sight(line, replace_invalid_utf8)):
+            yield Record(line.number, line.byte, {}, reason, line.repeats)
+            continue
         try:
-            if block.kind is RecordKind.JSON_LINES:
+            if is_json:
                 values = parse_line(line, replace_invalid_utf8=replace_invalid_utf8)
             else:
                 values = {text_key: _text_of(line, block.kind, replace_invalid_utf8)}
             yield Record(line.number, line.byte, values, "")
         except RejectedRecord as rejected:
-            yield Record(line.number, line.byte, {}, rejected.reason)
+            yield Record(line.number, line.byte, {}, rejected.reason, line.repeats)
 
 
 def lines_of(block: Block) -> Iterator[Line]:
-    """Yield the block's lines, as views: a huge line is not copied."""
+    """Yield the block's lines, as views: a huge line is not copied. Empty lines that follow each other are one item."""
     content = block.content
     view = memoryview(content)
     number, start = block.first_record, 0
     while (end := content.find(b"\n", start)) >= 0:
+        if end == start and (empty := _EMPTY_LINES.match(content, start)):
+            count = empty.end() - start
+            yield Line(number, block.first_byte + start, view[start:start], is_cut=False, repeats=count)
+            number, start = number + count, start + count
+            continue
         yield Line(number, block.first_byte + start, view[start:end], is_cut=False)
         number, start = number + 1, end + 1
     if start < len(content):
@@ -114,6 +138,8 @@ def parse_line(line: Line, *, replace_invalid_utf8: bool = False) -> dict[str, A
     Raises:
         RejectedRecord: blank, not UTF-8, not JSON, or JSON but not an object.
     """
+    if reason := _reason_at_first_sight(line, replace_invalid_utf8):
+        raise RejectedRecord(reason)
     content = _without_mark(line)
     try:
         record = orjson.loads(content)
@@ -151,7 +177,7 @@ def utf8_size(texts: list[str]) -> int:
         RejectedRecord: a text holds half a surrogate pair, which JSON can spell but UTF-8 cannot.
     """
     try:
-        return sum([len(text) if text.isascii() else _encoded_size(text) for text in texts])
+        return sum(len(text) if text.isascii() else _encoded_size(text) for text in texts)
     except UnicodeEncodeError:
         raise RejectedRecord(LONE_SURROGATE) from None
 
@@ -169,10 +195,38 @@ def subset_of(record: Mapping[str, Any], path: tuple[str, ...]) -> str:
     return value if value.isascii() else value.encode("utf-8", errors="replace").decode("utf-8")
 
 
+def _reason_at_first_sight(line: Line, replace_invalid_utf8: bool) -> str:
+    """Return why a line is rejected if its first byte tells, else "". Parsers raise, which takes many times longer."""
+    content = _without_mark(line)
+    if content and content[0] == _BRACE:
+        return ""
+    begin = _FIRST_BYTE.match(content)
+    assert begin, "the pattern matches anything"
+    if not begin[1]:
+        return BLANK_LINE
+    if begin[1] in _BEGINS_JSON:
+        return ""
+    is_readable = replace_invalid_utf8 or _is_utf8(content)
+    reason = INVALID_JSON if is_readable else INVALID_UTF8
+    return TRUNCATED_LAST_LINE if line.is_cut else reason
+
+
+def _is_utf8(content: memoryview) -> bool:
+    try:
+        if len(content) <= _SIZE_CHUNK:
+            str(content, "utf-8")
+            return True
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        for start in range(0, len(content), _SIZE_CHUNK):
+            decoder.decode(content[start : start + _SIZE_CHUNK])
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _parse_slowly(content: bytes, is_cut: bool, replace_invalid_utf8: bool) -> Any:
     """Parse with the standard library, which decides what is valid."""
-    if not content.strip():
-        raise RejectedRecord(BLANK_LINE)
     try:
         return json.loads(content.decode("utf-8", errors="replace" if replace_invalid_utf8 else "strict"))
     except UnicodeDecodeError:

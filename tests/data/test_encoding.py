@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from megatron_let.data.encoding import (
     EncodedPart,
     EncodingRules,
     Skipped,
+    SkippedCounts,
     SubsetCount,
     encode_block,
 )
@@ -63,13 +65,13 @@ def encode(
     assert block.num_records == content.count(b"\n") + (content[-1:] != b"\n")
     check_account(block, rules)
     assert len(block.parts) <= 1
-    return (block.parts[0] if block.parts else None), block.skipped[rules.json_keys[0]]
+    return (block.parts[0] if block.parts else None), block.skipped[rules.json_keys[0]].first
 
 
 def check_account(block: EncodedBlock, rules: EncodingRules) -> None:
     for key in rules.json_keys:
         parts = [part for part in block.parts if part.key == key]
-        assert block.num_records == sum(part.num_documents for part in parts) + len(block.skipped[key])
+        assert block.num_records == sum(part.num_documents for part in parts) + block.skipped[key].total
     for part in block.parts:
         tokens = np.frombuffer(part.tokens, rules.dtype)
         lengths = np.frombuffer(part.lengths, np.int32)
@@ -132,6 +134,56 @@ def test_each_bad_record_is_skipped_for_its_reason_and_its_neighbours_are_kept(
     assert ids_of(part) == [97, 98, 0] * 2
 
 
+def test_skipped_records_are_counted_and_the_first_of_them_kept_errors_before_harmless_ones() -> None:
+    lines = [
+        b"",
+        b"",
+        b'{"text": ""}',
+        b"x",
+        b'{"text": "a"}',
+        b" ",
+        b'{"text": "!"}',
+        b'{"a": 1}',
+        b"{",
+        b"",
+    ]
+    skipped = encode_block(block_of(b"\n".join(lines) + b"\n", record=5), RULES, CharacterEncoder()).skipped
+    assert skipped["text"].by_reason == {
+        **{records.BLANK_LINE: 4, records.EMPTY_TEXT: 1, records.INVALID_JSON: 2},
+        **{records.NOT_ENCODABLE: 1, records.MISSING_KEY: 1},
+    }
+    first = [(item.record, item.byte) for item in skipped["text"].first]
+    places = [0, 1, 2, 15, 17, 31, 33, 47, 56, 58]
+    assert first == [(5 + line, places[line]) for line in (3, 6, 7, 8, 0, 1, 2, 5, 9)]
+
+
+def test_at_most_ten_skipped_records_travel_whatever_their_number() -> None:
+    errors = encode_block(block_of(b"\n" * 500 + b"x\n{}\n" * 300), RULES, CharacterEncoder()).skipped["text"]
+    assert errors.by_reason == {
+        records.BLANK_LINE: 500,
+        records.INVALID_JSON: 300,
+        records.MISSING_KEY: 300,
+    }
+    assert [(item.record, item.byte) for item in errors.first] == [
+        (501 + index, 500 + index // 2 * 5 + index % 2 * 2) for index in range(10)
+    ]
+    mixed = encode_block(block_of(b"x\n" + b"\n" * 500), RULES, CharacterEncoder()).skipped["text"]
+    assert [item.record for item in mixed.first] == list(range(1, 11))
+
+
+def test_lines_without_documents_cost_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a parser raises, which takes long")
+
+    monkeypatch.setattr(records.orjson, "loads", refuse)
+    monkeypatch.setattr(records.json, "loads", refuse)
+    content = b"\n" * 1_000_000 + b" \n\t\r\nx\n" * 10
+    block = encode_block(block_of(content), RULES, CharacterEncoder())
+    assert block.num_records == 1_000_030
+    assert block.skipped["text"].by_reason == {records.BLANK_LINE: 1_000_020, records.INVALID_JSON: 10}
+    assert len(pickle.dumps(block)) < 2000
+
+
 @pytest.mark.parametrize("cut", [b'{"text": "ab', b'{"text": "\xe6\x97', b'{"te'])
 def test_a_cut_last_line_is_told_apart_and_a_whole_one_without_newline_is_kept(cut: bytes) -> None:
     assert encode(GOOD + cut)[1] == (Skipped(2, len(GOOD), records.TRUNCATED_LAST_LINE),)
@@ -162,7 +214,7 @@ def test_a_byte_order_mark_belongs_on_the_first_line_only() -> None:
     skipped = encode(GOOD + b"\xef\xbb\xbf" + GOOD)[1]
     assert [item.reason for item in skipped] == [records.INVALID_JSON]
     later = encode_block(block_of(b"\xef\xbb\xbf" + GOOD, record=3, byte=10), RULES, CharacterEncoder())
-    assert later.skipped["text"] == (Skipped(3, 10, records.INVALID_JSON),)
+    assert later.skipped["text"].first == (Skipped(3, 10, records.INVALID_JSON),)
 
 
 def test_a_list_of_texts_is_one_document_of_several_sequences() -> None:
@@ -199,8 +251,8 @@ def test_each_key_has_its_own_account() -> None:
     block = encode_block(block_of(content), rules, CharacterEncoder())
     check_account(block, rules)
     assert [(part.key, ids_of(part)) for part in block.parts] == [("text", [97, 0]), ("other", [98, 0])]
-    assert [item.reason for item in block.skipped["text"]] == [records.NULL_TEXT]
-    assert [item.reason for item in block.skipped["other"]] == [records.MISSING_KEY]
+    assert [item.reason for item in block.skipped["text"].first] == [records.NULL_TEXT]
+    assert [item.reason for item in block.skipped["other"].first] == [records.MISSING_KEY]
 
 
 @pytest.mark.parametrize("append_eod", [True, False])
@@ -283,7 +335,7 @@ def test_split_by_subset_gives_each_subset_its_documents_in_their_order() -> Non
         "": [101, 0, 102, 0, 103, 0],
     }
     assert all(set(part.subset_counts) == {part.subset} for part in block.parts)
-    assert [item.record for item in block.skipped["text"]] == [4]
+    assert [item.record for item in block.skipped["text"].first] == [4]
 
 
 def test_the_path_to_the_subset_is_a_setting() -> None:
@@ -297,9 +349,11 @@ def test_a_record_that_was_too_long_and_an_empty_end_are_accounted_for() -> None
     too_long = replace(block_of(b"", record=7, byte=900), too_long=True)
     encoded = encode_block(too_long, RULES, CharacterEncoder())
     assert (encoded.num_records, encoded.parts) == (1, ())
-    assert encoded.skipped == {"text": (Skipped(7, 900, records.TOO_LONG),)}
+    too_long_once = SkippedCounts({records.TOO_LONG: 1}, (Skipped(7, 900, records.TOO_LONG),))
+    assert encoded.skipped == {"text": too_long_once}
     end = encode_block(block_of(b"", record=7, byte=900), RULES, CharacterEncoder())
-    assert (end.num_records, end.parts, end.skipped, end.is_last) == (0, (), {"text": ()}, True)
+    assert (end.num_records, end.parts, end.is_last) == (0, (), True)
+    assert end.skipped == {"text": SkippedCounts({}, ())}
 
 
 def test_plain_text_is_under_the_first_key_and_missing_under_the_others() -> None:
@@ -309,11 +363,11 @@ def test_plain_text_is_under_the_first_key_and_missing_under_the_others() -> Non
     for block in (lines, whole):
         check_account(block, rules)
     assert [ids_of(part) for part in lines.parts] == [[97, 98, 0, 99, 100, 0]]
-    assert [item.reason for item in lines.skipped["text"]] == [records.BLANK_LINE]
-    assert [item.reason for item in lines.skipped["other"]] == [
+    assert [item.reason for item in lines.skipped["text"].first] == [records.BLANK_LINE]
+    assert [item.reason for item in lines.skipped["other"].first] == [
+        records.MISSING_KEY,
         records.MISSING_KEY,
         records.BLANK_LINE,
-        records.MISSING_KEY,
     ]
     assert [ids_of(part) for part in whole.parts] == [[97, 98, 10, 10, 99, 100, 0]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -261,6 +262,22 @@ def test_many_texts_are_encoded_a_bounded_amount_at_a_time(encoders: dict[str, B
     assert max(encoder.sizes) <= contexts
     assert sum(size <= 200 for size in encoder.sizes) > 20
     assert encode_texts(encoder, []).to_lists() == []
+
+
+def test_a_million_short_texts_take_little_memory_and_few_at_a_time() -> None:
+    encoder = RecordingEncoder(NullEncoder(10))
+    texts = ["1", "2 3"] * 200_000
+    tracemalloc.start()
+    try:
+        encoded = encode_texts(encoder, texts)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert encoded.ids.tolist() == [1, 2, 3] * 200_000
+    assert encoded.lengths.tolist() == [1, 2] * 200_000
+    assert max(encoder.sizes) <= 4 << 14
+    # Ids and lengths take 10 bytes a text, their copies as much again; an array for each text took 300.
+    assert peak < 40 * len(texts)
 
 
 def test_ids_above_16_bits_survive_the_pieces() -> None:

@@ -32,12 +32,28 @@ def test_lines_have_numbers_and_places() -> None:
     assert list(lines_of(block_of(b""))) == []
 
 
+def test_empty_lines_that_follow_each_other_are_one_item() -> None:
+    lines = list(lines_of(block_of(b"\n\n\na\n\n\n", byte=100)))
+    assert [(line.number, line.byte, bytes(line.content), line.repeats) for line in lines] == [
+        (5, 100, b"", 3),
+        (8, 103, b"a", 1),
+        (9, 105, b"", 2),
+    ]
+    found = list(records_of(block_of(b"\n\n{}\n\n"), text_key="text"))
+    assert [(record.number, record.rejection, record.repeats) for record in found] == [
+        (5, records.BLANK_LINE, 2),
+        (7, "", 1),
+        (8, records.BLANK_LINE, 1),
+    ]
+
+
 @given(content=st.binary(max_size=40), byte=st.integers(0, 10))
 @settings(max_examples=50, deadline=None)
 def test_lines_put_together_are_the_block(content: bytes, byte: int) -> None:
     content = content.replace(b"\x00", b"\n")
     lines = list(lines_of(block_of(content, byte=byte)))
-    assert b"".join(bytes(line.content) + b"\n" * (not line.is_cut) for line in lines) == content
+    newlines = [b"" if line.is_cut else b"\n" * line.repeats for line in lines]
+    assert b"".join(bytes(line.content) + end for line, end in zip(lines, newlines, strict=True)) == content
     for line in lines:
         start = line.byte - byte
         assert content[start : start + len(line.content)] == bytes(line.content)

@@ -61,7 +61,7 @@ def merge(
 
     Raises:
         ConfigError: no input, a damaged one, one whose checksum is not its manifest's, another id type or tokenizer,
-            an output that is an input.
+            an output that is an input or that a stopped run of preprocessing is to go on with.
         LetError: the disk is full.
     """
     if not prefixes:
@@ -73,6 +73,7 @@ def merge(
         raise ConfigError(f"--output-prefix {output_prefix} is one of the inputs: give another name")
     try:
         with WorkingDirectory(output_prefix) as directory:
+            _refuse_stopped_run(directory, output_prefix)
             directory.clear()
             stem = directory.path / "merged"
             with IndexedWriter(stem, summaries[0].dtype) as writer:
@@ -97,6 +98,18 @@ def merge(
     except OSError as error:
         raise LetError(f"cannot write {output_prefix}: {error.strerror}; nothing was written over") from error
     return check_indexed(output_prefix), merged
+
+
+def _refuse_stopped_run(directory: WorkingDirectory, output_prefix: str) -> None:
+    try:
+        is_stopped = directory.read_journal() is not None
+    except ConfigError:  # what it says cannot be read: it is no less someone's work
+        is_stopped = True
+    if is_stopped:
+        raise ConfigError(
+            f"--output-prefix {output_prefix}: a stopped run of preprocessing lies in {directory.path}; let it go on, "
+            "delete that directory, or give another name"
+        )
 
 
 def _manifest_of(summary: IndexedSummary) -> Manifest | None:

@@ -15,6 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_let.data import merge as merge_module
 from megatron_let.data.indexed import check_indexed
+from megatron_let.data.journal import Journal, WorkingDirectory
 from megatron_let.data.manifest import Manifest, SourceFile, SubsetCount, read_manifest, write_manifest
 from megatron_let.data.merge import find_pairs, merge
 from megatron_let.errors import ConfigError, LetError
@@ -151,6 +152,22 @@ def test_the_output_may_not_be_an_input_and_no_input_comes_twice(prefixes: list[
         find_pairs([*prefixes, str(tmp_path / "." / "b")])
     with pytest.raises(ConfigError, match="names no pair"):
         merged([], tmp_path / "out")
+
+
+@pytest.mark.parametrize("is_readable", [True, False])
+def test_a_stopped_run_of_preprocessing_is_not_deleted(
+    prefixes: list[str], tmp_path: Path, is_readable: bool
+) -> None:
+    with WorkingDirectory(str(tmp_path / "out")) as directory:
+        directory.write_journal(Journal({}, {}))
+        (directory.path / "pair0.bin").write_bytes(b"tokens")
+        if not is_readable:
+            (directory.path / "journal.json").write_text("{")
+    before = {path.name: path.read_bytes() for path in directory.path.iterdir()}
+    with pytest.raises(ConfigError, match=r"a stopped run of preprocessing lies in .*out\.partial"):
+        merged(prefixes, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in directory.path.iterdir()} == before
+    assert len(before) == 3
 
 
 def test_a_directory_stands_for_its_pairs_by_name(prefixes: list[str], tmp_path: Path) -> None:

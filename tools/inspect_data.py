@@ -15,26 +15,24 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_let.data.index_tables import open_tables
 from megatron_let.data.indexed import check_indexed, read_document
 from megatron_let.data.manifest import Manifest, manifest_path, read_manifest, require_manifest_of
+from megatron_let.data.program import ProgramParser, run_program, say
 from megatron_let.data.statistics import length_statistics
 from megatron_let.data.tokenizers import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 from megatron_let.data.verify import Expected, add_manifest, verify
-from megatron_let.errors import EXIT_DONE, ConfigError, LetError
+from megatron_let.errors import ConfigError
 
 _SHOWN_IDS = 20
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (--help lists the flags)")
+def run(arguments: argparse.Namespace) -> Iterator[str]:
+    """Yield the lines to print. Raises ConfigError."""
+    return verified(arguments) if arguments.verify else report(arguments)
 
 
 def report(arguments: argparse.Namespace) -> Iterator[str]:
@@ -66,7 +64,7 @@ def verified(arguments: argparse.Namespace) -> Iterator[str]:
         tokenizer=_given_tokenizer(arguments) if _is_tokenizer_given(arguments) else None,
     )
     failed, count = [], 0
-    for check in verify(prefix, expected, _say_on_stderr):
+    for check in verify(prefix, expected, say):
         yield check.line()
         count += 1
         failed += [check.name] if check.problem is not None else []
@@ -75,7 +73,7 @@ def verified(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _added(prefix: str, tokenizer: Tokenizer) -> Iterator[str]:
-    manifest = add_manifest(prefix, tokenizer, _say_on_stderr)
+    manifest = add_manifest(prefix, tokenizer, say)
     ends = "every document ends in eod" if manifest.append_eod else "not every document ends in eod"
     yield f"{manifest_path(prefix)} written"
     yield (
@@ -144,14 +142,8 @@ def _given_tokenizer(arguments: argparse.Namespace) -> Tokenizer:
     )
 
 
-def _say_on_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ProgramParser(__doc__)
     parser.add_argument("prefix", help="path of the pair without .bin or .idx")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--document", type=int, metavar="I", help="show this document, from 0")
@@ -170,14 +162,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status; an error is one line on stderr."""
-    try:
-        arguments = _parse(argv)
-        for line in verified(arguments) if arguments.verify else report(arguments):
-            print(line, flush=True)
-    except LetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return EXIT_DONE
+    return run_program(lambda: run(_parse(argv)))
 
 
 if __name__ == "__main__":

@@ -13,32 +13,21 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_let.data.preprocess import PreprocessSettings, describe, preprocess
+from megatron_let.data.program import Interrupted, ProgramParser, run_program, say, utf8_name
 from megatron_let.data.subsets import parse_weights
 from megatron_let.data.tokenizers import TOKENIZER_TYPES, build_tokenizer
-from megatron_let.errors import EXIT_DONE, ConfigError, LetError
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (--help lists the flags)")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed flags. Raises ConfigError for a wrong one."""
-    parser = _Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ProgramParser(__doc__)
     _add_data_flags(parser.add_argument_group("data"))
     _add_record_flags(parser.add_argument_group("records that cannot be used"))
     _add_subset_flags(parser.add_argument_group("subsets"))
@@ -64,7 +53,9 @@ def _add_data_flags(data: argparse._ArgumentGroup) -> None:
     data.add_argument(
         "--json-keys", nargs="+", default=["text"], metavar="KEY", help="one pair of files each"
     )
-    data.add_argument("--output-prefix", required=True, help="PREFIX_KEY_document.{bin,idx,manifest.json}")
+    data.add_argument(
+        "--output-prefix", required=True, type=utf8_name, help="PREFIX_KEY_document.{bin,idx,manifest.json}"
+    )
     data.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's eod")
     data.add_argument(
         "--input-format",
@@ -166,8 +157,8 @@ def _add_runtime_flags(runtime: argparse._ArgumentGroup) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Preprocess as the flags say."""
+def run(arguments: argparse.Namespace) -> Iterator[str]:
+    """Preprocess as the flags say and yield the lines to print. Raises LetError."""
     settings = PreprocessSettings(
         inputs=tuple(arguments.input),
         output_prefix=arguments.output_prefix,
@@ -197,28 +188,29 @@ def run(arguments: argparse.Namespace) -> None:
         encode_special_tokens=arguments.encode_special_tokens,
         without_torch=True,
     )
-    manifests = preprocess(settings, tokenizer, lambda line: print(line, file=sys.stderr, flush=True))
+    try:
+        manifests = preprocess(settings, tokenizer, say)
+    except KeyboardInterrupt:
+        raise Interrupted(_interrupted(settings.output_prefix)) from None
     for prefix, manifest in manifests.items():
-        print(describe(manifest, prefix))
+        yield describe(manifest, prefix)
     if settings.split_by_subset:
         for key in settings.json_keys:
             blend = Path(f"{settings.output_prefix}_{key}_blend.txt")
-            print(f"--data-path {blend.read_text(encoding='utf-8').strip()}")
+            yield f"--data-path {blend.read_text(encoding='utf-8').strip()}"
+
+
+def _interrupted(output_prefix: str) -> str:
+    if Path(f"{output_prefix}.partial", "journal.json").exists():
+        return "interrupted; the same command goes on where this one stopped"
+    return "interrupted; the same command begins anew"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status; an error is one line on stderr."""
     # One thread a worker: --workers is the number of cores used, and the encoder's own threads would add to it.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        run(parse_arguments(argv))
-    except LetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on where this one stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return EXIT_DONE
+    return run_program(lambda: run(parse_arguments(argv)))
 
 
 if __name__ == "__main__":

@@ -261,7 +261,7 @@ def test_an_interruption_is_one_line_and_leaves_nothing(
     output = ("--input", corpus / "train.jsonl", "--output-prefix", tmp_path / "out")
     assert run("preprocess_data", *flags, *output) == 130
     (line,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("encoder: "))
-    assert line == "error: interrupted; the same command goes on where this one stopped"
+    assert line == "error: interrupted; the same command begins anew"
     assert list(tmp_path.iterdir()) == []
 
 

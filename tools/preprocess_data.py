@@ -12,6 +12,7 @@ killed goes on where it stopped when the same command is given again.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -147,7 +148,7 @@ def _add_runtime_flags(runtime: argparse._ArgumentGroup) -> None:
     runtime.add_argument("--log-interval", type=int, default=1000, help="documents between progress lines")
     runtime.add_argument(
         "--commit-interval",
-        type=float,
+        type=seconds,
         default=10.0,
         metavar="SECONDS",
         help="time between two points from which a killed run can go on (default 10)",
@@ -155,6 +156,14 @@ def _add_runtime_flags(runtime: argparse._ArgumentGroup) -> None:
     runtime.add_argument(
         "--restart", action="store_true", help="begin anew where a stopped run could be gone on with"
     )
+
+
+def seconds(word: str) -> float:
+    """Return a time, as an argparse type: not `nan`, which no time ever reaches. Raises its error."""
+    value = float(word)  # a ValueError is argparse's to word
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{word}: give a number of seconds from 0 on")
+    return value
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:

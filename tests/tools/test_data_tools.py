@@ -219,6 +219,10 @@ def test_preprocessing_as_a_program_with_two_workers_gives_the_same_files(
         ({"--tokenizer-type": "BertWordPieceCase"}, "invalid choice: 'BertWordPieceCase'"),
         ({"--json-keys": "txt"}, 'under the key "txt"'),
         ({"--workers": "0"}, "--workers 0"),
+        ({"--commit-interval": "nan"}, "--commit-interval: nan: give a number of seconds from 0 on"),
+        ({"--commit-interval": "-1"}, "--commit-interval: -1: give a number of seconds from 0 on"),
+        ({"--commit-interval": "inf"}, "--commit-interval: inf: give a number of seconds from 0 on"),
+        ({"--commit-interval": "soon"}, "invalid seconds value: 'soon'"),
         ({"--split-sentences": ""}, "unrecognized arguments: --split-sentences"),
     ],
 )

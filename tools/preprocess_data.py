@@ -4,7 +4,8 @@
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizers/smollm --append-eod --workers 8
 
 writes data/pile_text_document.{bin,idx,manifest.json}; give training `--data-path data/pile_text_document`.
-The flags are those of Megatron-LM's tools/preprocess_data.py and so are the bytes. A record that cannot be used is
+The flags are those of Megatron-LM's tools/preprocess_data.py and so are the bytes; the few of its flags that would
+change them are refused. A record that cannot be used is
 skipped, counted by reason and named in the manifest. Nothing is written over unless all went well, and a run that was
 killed goes on where it stopped when the same command is given again.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_let.data.foreign_flags import add_foreign_flags
 from megatron_let.data.preprocess import PreprocessSettings, describe, preprocess
 from megatron_let.data.program import Interrupted, ProgramParser, run_program, say, utf8_name
 from megatron_let.data.subsets import parse_weights
@@ -34,11 +36,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_subset_flags(parser.add_argument_group("subsets"))
     _add_tokenizer_flags(parser.add_argument_group("tokenizer"))
     _add_runtime_flags(parser.add_argument_group("runtime"))
-    ignored = parser.add_argument_group("accepted for Megatron-LM's scripts, without effect here")
-    ignored.add_argument("--partitions", type=int, default=1, help="documents keep their order without it")
-    ignored.add_argument("--keep-sequential-samples", action="store_true", help="always so")
-    ignored.add_argument("--dataset-impl", choices=["mmap"], default="mmap", help="the only form")
-    ignored.add_argument("--tokenizer-hf-use-fast", action="store_true", help="used wherever there is one")
+    add_foreign_flags(parser)
     return parser.parse_args(argv)
 
 

@@ -223,7 +223,7 @@ def test_preprocessing_as_a_program_with_two_workers_gives_the_same_files(
         ({"--commit-interval": "-1"}, "--commit-interval: -1: give a number of seconds from 0 on"),
         ({"--commit-interval": "inf"}, "--commit-interval: inf: give a number of seconds from 0 on"),
         ({"--commit-interval": "soon"}, "invalid seconds value: 'soon'"),
-        ({"--split-sentences": ""}, "unrecognized arguments: --split-sentences"),
+        ({"--split-sentence": ""}, "unrecognized arguments: --split-sentence"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_two(

@@ -170,6 +170,31 @@ def test_a_stopped_run_of_preprocessing_is_not_deleted(
     assert len(before) == 3
 
 
+@pytest.mark.parametrize("have_manifests", [True, False])
+def test_a_copy_under_another_name_is_refused(
+    prefixes: list[str], tmp_path: Path, have_manifests: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_with_core(tmp_path / "copy", FIRST, "uint16")
+    if have_manifests:  # then before any work
+        write_manifest(prefixes[0], manifest_for(prefixes[0]))
+        write_manifest(f"{tmp_path}/copy", manifest_for(f"{tmp_path}/copy"))
+        monkeypatch.delattr(merge_module, "IndexedWriter")
+    with pytest.raises(ConfigError, match=r"/a\.bin and .*/copy\.bin have the same content.*counted twice"):
+        merged([*prefixes, f"{tmp_path}/copy"], tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_source_of_several_pairs_is_listed_once(prefixes: list[str], tmp_path: Path) -> None:
+    common = (SourceFile("1.jsonl", 9, "ab"), SourceFile("2.jsonl", 9, "cd"))
+    changed = SourceFile("1.jsonl", 9, "ef")
+    for prefix, sources in zip(prefixes, (common, common, (changed, common[1])), strict=True):
+        write_manifest(prefix, manifest_for(prefix, sources=sources))
+    merged(prefixes, tmp_path / "out")
+    manifest = read_manifest(str(tmp_path / "out"))
+    assert manifest is not None
+    assert manifest.sources == (*common, changed)
+
+
 def test_a_directory_stands_for_its_pairs_by_name(prefixes: list[str], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     assert find_pairs([str(tmp_path)]) == prefixes

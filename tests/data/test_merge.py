@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron_let import __version__
 from megatron_let.data import merge as merge_module
+from megatron_let.data.index_tables import open_tables
 from megatron_let.data.indexed import check_indexed
 from megatron_let.data.journal import Journal, WorkingDirectory
 from megatron_let.data.manifest import Manifest, SourceFile, SubsetCount, read_manifest, write_manifest
@@ -95,6 +97,45 @@ def test_manifests_are_added_up(prefixes: list[str], tmp_path: Path) -> None:
     assert set(manifest.subsets) == {"web", "own_1", "own_2", "own_3"}
     digests = tuple(hashlib.sha256(part).hexdigest() for part in files_of(tmp_path / "out"))
     assert (manifest.bin_sha256, manifest.idx_sha256) == digests
+
+
+@pytest.mark.parametrize(
+    ("subsets", "expected"),
+    [(("web", "web", "web"), "web"), (("web", "code", "web"), None), ((None, "web", "web"), None)],
+)
+def test_a_subset_is_the_results_only_where_it_is_that_of_all(
+    prefixes: list[str], tmp_path: Path, subsets: Sequence[str | None], expected: str | None
+) -> None:
+    for prefix, subset in zip(prefixes, subsets, strict=True):
+        write_manifest(prefix, manifest_for(prefix, subset=subset))
+    merged(prefixes, tmp_path / "out")
+    manifest = read_manifest(str(tmp_path / "out"))
+    assert manifest is not None
+    assert manifest.subset == expected
+
+
+def test_all_keys_are_named_and_the_version_is_of_who_merged(prefixes: list[str], tmp_path: Path) -> None:
+    for prefix, key in zip(prefixes, ("text", "title", "text"), strict=True):
+        write_manifest(prefix, manifest_for(prefix, json_key=key, tool_version="0.0.1"))
+    merged(prefixes, tmp_path / "out")
+    manifest = read_manifest(str(tmp_path / "out"))
+    assert manifest is not None
+    assert manifest.json_key == "text,title"
+    assert manifest.tool_version == __version__
+
+
+def test_lengths_that_add_up_beyond_32_bits_are_taken(tmp_path: Path) -> None:
+    lengths = np.array([2**31 - 1, 2**31 - 1, 5], dtype="<i4")
+    ends = np.cumsum(lengths, dtype=np.int64) * 2
+    with (tmp_path / "long.idx").open("wb") as stream:
+        stream.write(struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, 3, 2))
+        for table in (lengths, np.array([0, *ends[:-1]], dtype="<i8"), np.array([0, 3], dtype="<i8")):
+            stream.write(table.tobytes())
+    with (tmp_path / "long.bin").open("wb") as data:
+        data.truncate(int(ends[-1]))  # a hole: takes no room on the disk
+    (found,) = merge_module._lengths(open_tables(str(tmp_path / "long")))
+    assert found.tolist() == lengths.tolist()
+    assert check_indexed(str(tmp_path / "long")).tokens == lengths.sum(dtype=np.int64)
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,13 @@ from megatron_let.data.indexed import check_indexed, read_document
 from megatron_let.data.manifest import Manifest, manifest_path, read_manifest, require_manifest_of
 from megatron_let.data.program import ProgramParser, run_program, say
 from megatron_let.data.statistics import length_statistics
+from megatron_let.data.tokenizer_flags import add_tokenizer_places, given_places, refuse_without_effect
 from megatron_let.data.tokenizers import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 from megatron_let.data.verify import Expected, add_manifest, verify
 from megatron_let.errors import ConfigError
 
 _SHOWN_IDS = 20
+_DEFAULT_TYPE = "HuggingFaceTokenizer"
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
@@ -134,7 +136,7 @@ def _is_tokenizer_given(arguments: argparse.Namespace) -> bool:
 
 def _given_tokenizer(arguments: argparse.Namespace) -> Tokenizer:
     return build_tokenizer(
-        tokenizer_type=arguments.tokenizer_type or "HuggingFaceTokenizer",
+        tokenizer_type=arguments.tokenizer_type or _DEFAULT_TYPE,
         tokenizer_model=arguments.tokenizer_model,
         vocab_file=arguments.vocab_file,
         merge_file=arguments.merge_file,
@@ -152,12 +154,22 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--add-manifest", action="store_true", help="write the manifest of files that another program made"
     )
     tokenizer = parser.add_argument_group("tokenizer, instead of the one in the manifest")
-    tokenizer.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: HuggingFaceTokenizer")
-    tokenizer.add_argument("--tokenizer-model", help="directory or .model file")
-    tokenizer.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
-    tokenizer.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
-    tokenizer.add_argument("--vocab-size", type=int, help="ids before eod of NullTokenizer")
-    return parser.parse_args(argv)
+    tokenizer.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help=f"default: {_DEFAULT_TYPE}")
+    add_tokenizer_places(tokenizer)
+    arguments = parser.parse_args(argv)
+    _refuse_tokenizer_without_effect(arguments)
+    return arguments
+
+
+def _refuse_tokenizer_without_effect(arguments: argparse.Namespace) -> None:
+    given = given_places(arguments)
+    if _is_tokenizer_given(arguments):
+        given.append("--tokenizer-type")
+        refuse_without_effect(arguments, arguments.tokenizer_type or _DEFAULT_TYPE)
+    elif given:
+        raise ConfigError(f"{' and '.join(given)}: give --tokenizer-type too")
+    if given and arguments.document is None and not arguments.verify and not arguments.add_manifest:
+        raise ConfigError(f"{given[0]} has no effect without --document, --verify or --add-manifest")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,7 +25,9 @@ from megatron_let.data.foreign_flags import add_foreign_flags
 from megatron_let.data.preprocess import PreprocessSettings, describe, preprocess
 from megatron_let.data.program import Interrupted, ProgramParser, run_program, say, utf8_name
 from megatron_let.data.subsets import parse_weights
+from megatron_let.data.tokenizer_flags import add_tokenizer_places, refuse_without_effect
 from megatron_let.data.tokenizers import TOKENIZER_TYPES, build_tokenizer
+from megatron_let.errors import ConfigError
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -65,7 +67,6 @@ def _add_data_flags(data: argparse._ArgumentGroup) -> None:
     data.add_argument(
         "--text-documents",
         choices=["file", "line"],
-        default="file",
         help="what is one document of plain text (default: the file)",
     )
 
@@ -123,10 +124,7 @@ def _add_subset_flags(subsets: argparse._ArgumentGroup) -> None:
 
 def _add_tokenizer_flags(tokens: argparse._ArgumentGroup) -> None:
     tokens.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
-    tokens.add_argument("--tokenizer-model", help="Hugging Face directory, or SentencePiece .model file")
-    tokens.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
-    tokens.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
-    tokens.add_argument("--vocab-size", type=int, help="ids before eod of NullTokenizer")
+    add_tokenizer_places(tokens)
     tokens.add_argument(
         "--encode-special-tokens",
         action="store_true",
@@ -166,13 +164,18 @@ def seconds(word: str) -> float:
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Preprocess as the flags say and yield the lines to print. Raises LetError."""
+    refuse_without_effect(arguments, arguments.tokenizer_type)
+    if arguments.text_documents is not None and arguments.input_format in ("jsonl", "parquet"):
+        raise ConfigError(
+            f"--text-documents has no effect with --input-format {arguments.input_format}: leave it out, or give text"
+        )
     settings = PreprocessSettings(
         inputs=tuple(arguments.input),
         output_prefix=arguments.output_prefix,
         json_keys=tuple(arguments.json_keys),
         append_eod=arguments.append_eod,
         input_format=arguments.input_format,
-        text_documents=arguments.text_documents,
+        text_documents=arguments.text_documents or "file",
         subset_key=arguments.subset_key,
         split_by_subset=arguments.split_by_subset,
         subset_weights=parse_weights(arguments.subset_weights),

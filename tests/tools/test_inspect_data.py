@@ -129,6 +129,14 @@ def test_a_manifest_for_files_of_neox_is_what_training_reads(
         (("--verify", "--add-manifest"), "not allowed with argument"),
         (("--add-manifest",), "needs --tokenizer-model"),
         (("--document", "one"), "invalid int value"),
+        (("--document", "0", "--vocab-size", "5"), "--vocab-size: give --tokenizer-type too"),
+        (("--verify", "--vocab-file", "a", "--merge-file", "b"), "--vocab-file and --merge-file: give"),
+        (
+            ("--verify", "--tokenizer-model", "a", "--vocab-size", "5"),
+            "--vocab-size has no effect with HuggingFaceTokenizer",
+        ),
+        (("--tokenizer-model", "a"), "--tokenizer-model has no effect without --document, --verify or"),
+        (("--tokenizer-type", "NullTokenizer"), "--tokenizer-type has no effect without --document"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_two(

@@ -21,9 +21,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_let.data.fast_encoder import ENCODERS
 from megatron_let.data.foreign_flags import add_foreign_flags
+from megatron_let.data.input_rules import INPUT_FORMATS, TEXT_DOCUMENTS
+from megatron_let.data.long_texts import MAX_WHOLE_CHARACTERS
 from megatron_let.data.preprocess import PreprocessSettings, describe, preprocess
 from megatron_let.data.program import Interrupted, ProgramParser, run_program, say, utf8_name
+from megatron_let.data.records import TOO_LONG_TO_ENCODE
 from megatron_let.data.subsets import parse_weights
 from megatron_let.data.tokenizer_flags import add_tokenizer_places, refuse_without_effect
 from megatron_let.data.tokenizers import TOKENIZER_TYPES, build_tokenizer
@@ -60,13 +64,13 @@ def _add_data_flags(data: argparse._ArgumentGroup) -> None:
     data.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's eod")
     data.add_argument(
         "--input-format",
-        choices=["auto", "jsonl", "parquet", "text"],
+        choices=INPUT_FORMATS,
         default="auto",
         help="auto: parquet by its first bytes, text by the ending .txt, else JSON lines",
     )
     data.add_argument(
         "--text-documents",
-        choices=["file", "line"],
+        choices=TEXT_DOCUMENTS,
         help="what is one document of plain text (default: the file)",
     )
 
@@ -91,7 +95,9 @@ def _add_record_flags(records: argparse._ArgumentGroup) -> None:
         type=int,
         default=128 << 20,
         metavar="BYTES",
-        help="longest record, as it stands in the file (default 128 MiB); a longer one is skipped and counted",
+        help="longest record, as it stands in the file (default 128 MiB); a longer one is skipped and counted. Long "
+        "texts are encoded in pieces; where the tokenizer cannot be shown to cut, one of more than "
+        f"{MAX_WHOLE_CHARACTERS >> 20} Mi characters is skipped too (reason {TOO_LONG_TO_ENCODE})",
     )
     records.add_argument(
         "--invalid-utf8",
@@ -132,7 +138,7 @@ def _add_tokenizer_flags(tokens: argparse._ArgumentGroup) -> None:
     )
     tokens.add_argument(
         "--encoder",
-        choices=["auto", "plain", "fast"],
+        choices=ENCODERS,
         default="auto",
         help="auto: gigatoken where it is installed and gives the tokenizer's very ids, else the tokenizer's own "
         "library; plain: that library; fast: gigatoken or an error",

@@ -62,6 +62,13 @@ def test_help_is_printed_and_no_error(program: str, capsys: pytest.CaptureFixtur
     assert f"python tools/{program}.py" in capsys.readouterr().out
 
 
+def test_help_tells_of_texts_too_long_to_encode(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("preprocess_data", "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "one of more than 8 Mi characters is skipped too (reason too_long_to_encode)" in shown
+
+
 @pytest.mark.parametrize("words", [(), ("--verify",), ("--help",)])
 def test_output_that_nobody_reads_is_no_traceback(prefix: Path, words: tuple[str, ...]) -> None:
     reading, writing = os.pipe()

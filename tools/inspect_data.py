@@ -119,9 +119,12 @@ def _document(arguments: argparse.Namespace, manifest: Manifest | None) -> Itera
 def _tokenizer_of(arguments: argparse.Namespace, manifest: Manifest | None) -> Tokenizer:
     if _is_tokenizer_given(arguments):
         return _given_tokenizer(arguments)
-    if manifest is None or manifest.tokenizer_type == "GPT2BPETokenizer":
+    if manifest is None:
+        raise ConfigError("--document needs --tokenizer-model (and --tokenizer-type): there is no manifest")
+    if manifest.tokenizer_type == "GPT2BPETokenizer":
         raise ConfigError(
-            "--document needs --tokenizer-model: no manifest names a tokenizer that can be opened"
+            f"--document needs --tokenizer-type {manifest.tokenizer_type} --vocab-file and --merge-file: the manifest "
+            f"names {manifest.tokenizer_name} alone"
         )
     return build_tokenizer(
         tokenizer_type=manifest.tokenizer_type,

@@ -9,47 +9,33 @@ ranks, as long as the directory is the same for all of them. Prints samples and 
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_let.errors import EXIT_BAD_CONFIGURATION, EXIT_DONE, ConfigError, LetError
+from megatron_let.data.program import ProgramParser, run_program
 from megatron_let.log import configure_logging, quiet_third_parties
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+def run(argv: Sequence[str] | None) -> Iterator[str]:
+    """Build the cache and yield the lines to print. Raises LetError."""
+    parser = ProgramParser(__doc__)
+    parser.add_argument("--world-size", type=int, help="ranks of the run")
+    own, words = parser.parse_known_args(argv)
+    configure_logging(stream=sys.stderr)
+    quiet_third_parties()
+    # Imported here: megatron-core takes seconds, and warns while it loads.
+    from megatron_let.training.arguments import parse_arguments
+    from megatron_let.training.data_cache import build_data_cache
 
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (--help lists the flags)")
+    yield from build_data_cache(parse_arguments(words), own.world_size)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status; an error is one line on stderr."""
-    parser = _Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--world-size", type=int, help="ranks of the run")
-    try:
-        own, words = parser.parse_known_args(argv)
-        configure_logging(stream=sys.stderr)
-        quiet_third_parties()
-        # Imported here: megatron-core takes seconds, and warns while it loads.
-        from megatron_let.training.arguments import parse_arguments
-        from megatron_let.training.data_cache import build_data_cache
-
-        print("\n".join(build_data_cache(parse_arguments(words), own.world_size)))
-    except LetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        return EXIT_BAD_CONFIGURATION
-    return EXIT_DONE
+    return run_program(lambda: run(argv))
 
 
 if __name__ == "__main__":

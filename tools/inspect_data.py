@@ -15,26 +15,26 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_let.data.index_tables import open_tables
 from megatron_let.data.indexed import check_indexed, read_document
 from megatron_let.data.manifest import Manifest, manifest_path, read_manifest, require_manifest_of
+from megatron_let.data.program import ProgramParser, run_program, say
 from megatron_let.data.statistics import length_statistics
+from megatron_let.data.tokenizer_flags import add_tokenizer_places, given_places, refuse_without_effect
 from megatron_let.data.tokenizers import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 from megatron_let.data.verify import Expected, add_manifest, verify
-from megatron_let.errors import EXIT_DONE, ConfigError, LetError
+from megatron_let.errors import ConfigError
 
 _SHOWN_IDS = 20
+_DEFAULT_TYPE = "HuggingFaceTokenizer"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (--help lists the flags)")
+def run(arguments: argparse.Namespace) -> Iterator[str]:
+    """Yield the lines to print. Raises ConfigError."""
+    return verified(arguments) if arguments.verify else report(arguments)
 
 
 def report(arguments: argparse.Namespace) -> Iterator[str]:
@@ -66,7 +66,7 @@ def verified(arguments: argparse.Namespace) -> Iterator[str]:
         tokenizer=_given_tokenizer(arguments) if _is_tokenizer_given(arguments) else None,
     )
     failed, count = [], 0
-    for check in verify(prefix, expected, _say_on_stderr):
+    for check in verify(prefix, expected, say):
         yield check.line()
         count += 1
         failed += [check.name] if check.problem is not None else []
@@ -75,7 +75,7 @@ def verified(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _added(prefix: str, tokenizer: Tokenizer) -> Iterator[str]:
-    manifest = add_manifest(prefix, tokenizer, _say_on_stderr)
+    manifest = add_manifest(prefix, tokenizer, say)
     ends = "every document ends in eod" if manifest.append_eod else "not every document ends in eod"
     yield f"{manifest_path(prefix)} written"
     yield (
@@ -119,9 +119,12 @@ def _document(arguments: argparse.Namespace, manifest: Manifest | None) -> Itera
 def _tokenizer_of(arguments: argparse.Namespace, manifest: Manifest | None) -> Tokenizer:
     if _is_tokenizer_given(arguments):
         return _given_tokenizer(arguments)
-    if manifest is None or manifest.tokenizer_type == "GPT2BPETokenizer":
+    if manifest is None:
+        raise ConfigError("--document needs --tokenizer-model (and --tokenizer-type): there is no manifest")
+    if manifest.tokenizer_type == "GPT2BPETokenizer":
         raise ConfigError(
-            "--document needs --tokenizer-model: no manifest names a tokenizer that can be opened"
+            f"--document needs --tokenizer-type {manifest.tokenizer_type} --vocab-file and --merge-file: the manifest "
+            f"names {manifest.tokenizer_name} alone"
         )
     return build_tokenizer(
         tokenizer_type=manifest.tokenizer_type,
@@ -136,7 +139,7 @@ def _is_tokenizer_given(arguments: argparse.Namespace) -> bool:
 
 def _given_tokenizer(arguments: argparse.Namespace) -> Tokenizer:
     return build_tokenizer(
-        tokenizer_type=arguments.tokenizer_type or "HuggingFaceTokenizer",
+        tokenizer_type=arguments.tokenizer_type or _DEFAULT_TYPE,
         tokenizer_model=arguments.tokenizer_model,
         vocab_file=arguments.vocab_file,
         merge_file=arguments.merge_file,
@@ -144,14 +147,8 @@ def _given_tokenizer(arguments: argparse.Namespace) -> Tokenizer:
     )
 
 
-def _say_on_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ProgramParser(__doc__)
     parser.add_argument("prefix", help="path of the pair without .bin or .idx")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--document", type=int, metavar="I", help="show this document, from 0")
@@ -160,24 +157,27 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--add-manifest", action="store_true", help="write the manifest of files that another program made"
     )
     tokenizer = parser.add_argument_group("tokenizer, instead of the one in the manifest")
-    tokenizer.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="default: HuggingFaceTokenizer")
-    tokenizer.add_argument("--tokenizer-model", help="directory or .model file")
-    tokenizer.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
-    tokenizer.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
-    tokenizer.add_argument("--vocab-size", type=int, help="ids before eod of NullTokenizer")
-    return parser.parse_args(argv)
+    tokenizer.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help=f"default: {_DEFAULT_TYPE}")
+    add_tokenizer_places(tokenizer)
+    arguments = parser.parse_args(argv)
+    _refuse_tokenizer_without_effect(arguments)
+    return arguments
+
+
+def _refuse_tokenizer_without_effect(arguments: argparse.Namespace) -> None:
+    given = given_places(arguments)
+    if _is_tokenizer_given(arguments):
+        given.append("--tokenizer-type")
+        refuse_without_effect(arguments, arguments.tokenizer_type or _DEFAULT_TYPE)
+    elif given:
+        raise ConfigError(f"{' and '.join(given)}: give --tokenizer-type too")
+    if given and arguments.document is None and not arguments.verify and not arguments.add_manifest:
+        raise ConfigError(f"{given[0]} has no effect without --document, --verify or --add-manifest")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status; an error is one line on stderr."""
-    try:
-        arguments = _parse(argv)
-        for line in verified(arguments) if arguments.verify else report(arguments):
-            print(line, flush=True)
-    except LetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return EXIT_DONE
+    return run_program(lambda: run(_parse(argv)))
 
 
 if __name__ == "__main__":

@@ -11,41 +11,35 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_let.data.merge import find_pairs, merge
 from megatron_let.data.preprocess import describe
-from megatron_let.errors import EXIT_DONE, LetError
+from megatron_let.data.program import ProgramParser, run_program, say, utf8_name
+
+
+def run(arguments: argparse.Namespace) -> Iterator[str]:
+    """Merge and yield the line to print. Raises LetError."""
+    summary, manifest = merge(find_pairs(arguments.input), arguments.output_prefix, say)
+    if manifest is None:
+        yield f"{summary.prefix}: {summary.documents:,} documents, {summary.tokens:,} tokens ({summary.dtype})"
+    else:
+        yield describe(manifest, summary.prefix)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status; an error is one line on stderr."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ProgramParser(__doc__)
     parser.add_argument(
         "--input", nargs="+", required=True, metavar="PREFIX", help="pairs, or directories of them"
     )
-    parser.add_argument("--output-prefix", required=True, help="writes PREFIX.{bin,idx,manifest.json}")
-    arguments = parser.parse_args(argv)
-    try:
-        prefixes = find_pairs(arguments.input)
-        summary, manifest = merge(
-            prefixes, arguments.output_prefix, lambda line: print(line, file=sys.stderr)
-        )
-    except LetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    if manifest is None:
-        print(
-            f"{summary.prefix}: {summary.documents:,} documents, {summary.tokens:,} tokens ({summary.dtype})"
-        )
-    else:
-        print(describe(manifest, summary.prefix))
-    return EXIT_DONE
+    parser.add_argument(
+        "--output-prefix", required=True, type=utf8_name, help="writes PREFIX.{bin,idx,manifest.json}"
+    )
+    return run_program(lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

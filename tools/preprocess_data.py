@@ -4,7 +4,8 @@
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizers/smollm --append-eod --workers 8
 
 writes data/pile_text_document.{bin,idx,manifest.json}; give training `--data-path data/pile_text_document`.
-The flags are those of Megatron-LM's tools/preprocess_data.py and so are the bytes. A record that cannot be used is
+The flags are those of Megatron-LM's tools/preprocess_data.py and so are the bytes; the few of its flags that would
+change them are refused. A record that cannot be used is
 skipped, counted by reason and named in the manifest. Nothing is written over unless all went well, and a run that was
 killed goes on where it stopped when the same command is given again.
 """
@@ -12,43 +13,36 @@ killed goes on where it stopped when the same command is given again.
 from __future__ import annotations
 
 import argparse
+import math
 import os
-import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_let.data.fast_encoder import ENCODERS
+from megatron_let.data.foreign_flags import add_foreign_flags
+from megatron_let.data.input_rules import INPUT_FORMATS, TEXT_DOCUMENTS
+from megatron_let.data.long_texts import MAX_WHOLE_CHARACTERS
 from megatron_let.data.preprocess import PreprocessSettings, describe, preprocess
+from megatron_let.data.program import Interrupted, ProgramParser, run_program, say, utf8_name
+from megatron_let.data.records import TOO_LONG_TO_ENCODE
 from megatron_let.data.subsets import parse_weights
+from megatron_let.data.tokenizer_flags import add_tokenizer_places, refuse_without_effect
 from megatron_let.data.tokenizers import TOKENIZER_TYPES, build_tokenizer
-from megatron_let.errors import EXIT_DONE, ConfigError, LetError
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (--help lists the flags)")
+from megatron_let.errors import ConfigError
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed flags. Raises ConfigError for a wrong one."""
-    parser = _Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ProgramParser(__doc__)
     _add_data_flags(parser.add_argument_group("data"))
     _add_record_flags(parser.add_argument_group("records that cannot be used"))
     _add_subset_flags(parser.add_argument_group("subsets"))
     _add_tokenizer_flags(parser.add_argument_group("tokenizer"))
     _add_runtime_flags(parser.add_argument_group("runtime"))
-    ignored = parser.add_argument_group("accepted for Megatron-LM's scripts, without effect here")
-    ignored.add_argument("--partitions", type=int, default=1, help="documents keep their order without it")
-    ignored.add_argument("--keep-sequential-samples", action="store_true", help="always so")
-    ignored.add_argument("--dataset-impl", choices=["mmap"], default="mmap", help="the only form")
-    ignored.add_argument("--tokenizer-hf-use-fast", action="store_true", help="used wherever there is one")
+    add_foreign_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -64,18 +58,19 @@ def _add_data_flags(data: argparse._ArgumentGroup) -> None:
     data.add_argument(
         "--json-keys", nargs="+", default=["text"], metavar="KEY", help="one pair of files each"
     )
-    data.add_argument("--output-prefix", required=True, help="PREFIX_KEY_document.{bin,idx,manifest.json}")
+    data.add_argument(
+        "--output-prefix", required=True, type=utf8_name, help="PREFIX_KEY_document.{bin,idx,manifest.json}"
+    )
     data.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's eod")
     data.add_argument(
         "--input-format",
-        choices=["auto", "jsonl", "parquet", "text"],
+        choices=INPUT_FORMATS,
         default="auto",
         help="auto: parquet by its first bytes, text by the ending .txt, else JSON lines",
     )
     data.add_argument(
         "--text-documents",
-        choices=["file", "line"],
-        default="file",
+        choices=TEXT_DOCUMENTS,
         help="what is one document of plain text (default: the file)",
     )
 
@@ -100,7 +95,9 @@ def _add_record_flags(records: argparse._ArgumentGroup) -> None:
         type=int,
         default=128 << 20,
         metavar="BYTES",
-        help="longest record, as it stands in the file (default 128 MiB); a longer one is skipped and counted",
+        help="longest record, as it stands in the file (default 128 MiB); a longer one is skipped and counted. Long "
+        "texts are encoded in pieces; where the tokenizer cannot be shown to cut, one of more than "
+        f"{MAX_WHOLE_CHARACTERS >> 20} Mi characters is skipped too (reason {TOO_LONG_TO_ENCODE})",
     )
     records.add_argument(
         "--invalid-utf8",
@@ -133,10 +130,7 @@ def _add_subset_flags(subsets: argparse._ArgumentGroup) -> None:
 
 def _add_tokenizer_flags(tokens: argparse._ArgumentGroup) -> None:
     tokens.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
-    tokens.add_argument("--tokenizer-model", help="Hugging Face directory, or SentencePiece .model file")
-    tokens.add_argument("--vocab-file", help="vocab.json of GPT2BPETokenizer")
-    tokens.add_argument("--merge-file", help="merges.txt of GPT2BPETokenizer")
-    tokens.add_argument("--vocab-size", type=int, help="ids before eod of NullTokenizer")
+    add_tokenizer_places(tokens)
     tokens.add_argument(
         "--encode-special-tokens",
         action="store_true",
@@ -144,7 +138,7 @@ def _add_tokenizer_flags(tokens: argparse._ArgumentGroup) -> None:
     )
     tokens.add_argument(
         "--encoder",
-        choices=["auto", "plain", "fast"],
+        choices=ENCODERS,
         default="auto",
         help="auto: gigatoken where it is installed and gives the tokenizer's very ids, else the tokenizer's own "
         "library; plain: that library; fast: gigatoken or an error",
@@ -156,7 +150,7 @@ def _add_runtime_flags(runtime: argparse._ArgumentGroup) -> None:
     runtime.add_argument("--log-interval", type=int, default=1000, help="documents between progress lines")
     runtime.add_argument(
         "--commit-interval",
-        type=float,
+        type=seconds,
         default=10.0,
         metavar="SECONDS",
         help="time between two points from which a killed run can go on (default 10)",
@@ -166,15 +160,28 @@ def _add_runtime_flags(runtime: argparse._ArgumentGroup) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Preprocess as the flags say."""
+def seconds(word: str) -> float:
+    """Return a time, as an argparse type: not `nan`, which no time ever reaches. Raises its error."""
+    value = float(word)  # a ValueError is argparse's to word
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{word}: give a number of seconds from 0 on")
+    return value
+
+
+def run(arguments: argparse.Namespace) -> Iterator[str]:
+    """Preprocess as the flags say and yield the lines to print. Raises LetError."""
+    refuse_without_effect(arguments, arguments.tokenizer_type)
+    if arguments.text_documents is not None and arguments.input_format in ("jsonl", "parquet"):
+        raise ConfigError(
+            f"--text-documents has no effect with --input-format {arguments.input_format}: leave it out, or give text"
+        )
     settings = PreprocessSettings(
         inputs=tuple(arguments.input),
         output_prefix=arguments.output_prefix,
         json_keys=tuple(arguments.json_keys),
         append_eod=arguments.append_eod,
         input_format=arguments.input_format,
-        text_documents=arguments.text_documents,
+        text_documents=arguments.text_documents or "file",
         subset_key=arguments.subset_key,
         split_by_subset=arguments.split_by_subset,
         subset_weights=parse_weights(arguments.subset_weights),
@@ -197,28 +204,29 @@ def run(arguments: argparse.Namespace) -> None:
         encode_special_tokens=arguments.encode_special_tokens,
         without_torch=True,
     )
-    manifests = preprocess(settings, tokenizer, lambda line: print(line, file=sys.stderr, flush=True))
+    try:
+        manifests = preprocess(settings, tokenizer, say)
+    except KeyboardInterrupt:
+        raise Interrupted(_interrupted(settings.output_prefix)) from None
     for prefix, manifest in manifests.items():
-        print(describe(manifest, prefix))
+        yield describe(manifest, prefix)
     if settings.split_by_subset:
         for key in settings.json_keys:
             blend = Path(f"{settings.output_prefix}_{key}_blend.txt")
-            print(f"--data-path {blend.read_text(encoding='utf-8').strip()}")
+            yield f"--data-path {blend.read_text(encoding='utf-8').strip()}"
+
+
+def _interrupted(output_prefix: str) -> str:
+    if Path(f"{output_prefix}.partial", "journal.json").exists():
+        return "interrupted; the same command goes on where this one stopped"
+    return "interrupted; the same command begins anew"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status; an error is one line on stderr."""
     # One thread a worker: --workers is the number of cores used, and the encoder's own threads would add to it.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        run(parse_arguments(argv))
-    except LetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on where this one stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return EXIT_DONE
+    return run_program(lambda: run(parse_arguments(argv)))
 
 
 if __name__ == "__main__":

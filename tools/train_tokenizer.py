@@ -20,10 +20,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_let.data.input_rules import InputRules
+from megatron_let.data.program import ProgramParser, run_program
 from megatron_let.data.readers import read_blocks
 from megatron_let.data.records import RejectedRecord, records_of, utf8_size
 from megatron_let.data.sources import find_sources
-from megatron_let.errors import EXIT_DONE, ConfigError, LetError
+from megatron_let.errors import ConfigError
 
 _NUM_BYTES = 256
 
@@ -99,9 +100,7 @@ def run(arguments: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status; an error is one line on stderr."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ProgramParser(__doc__)
     parser.add_argument(
         "--input", nargs="+", required=True, metavar="FILE", help="JSON lines: plain, gzip or zstd"
     )
@@ -111,12 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--eod-token", default="<|endoftext|>", help="ends a document; also the directory's bos"
     )
-    try:
-        print(run(parser.parse_args(argv)))
-    except LetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return EXIT_DONE
+    return run_program(lambda: [run(parser.parse_args(argv))])
 
 
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:

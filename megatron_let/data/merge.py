@@ -60,8 +60,8 @@ def merge(
     Without a manifest beside every input there is none for the result, and `write_line` says so.
 
     Raises:
-        ConfigError: no input, a damaged one, one whose checksum is not its manifest's, another id type or tokenizer,
-            an output that is an input.
+        ConfigError: no input, a damaged one, one whose checksum is not its manifest's, two with the same tokens,
+            another id type or tokenizer, an output that is an input or that a stopped run is to go on with.
         LetError: the disk is full.
     """
     if not prefixes:
@@ -69,15 +69,20 @@ def merge(
     summaries = [check_indexed(prefix) for prefix in prefixes]
     manifests = [_manifest_of(summary) for summary in summaries]
     _check_same(summaries, manifests)
+    seen: dict[str, str] = {}
+    for summary, manifest in zip(summaries, manifests, strict=True):
+        _refuse_copy(summary.prefix, "" if manifest is None else manifest.bin_sha256, seen)
     if Path(output_prefix).resolve() in {Path(prefix).resolve() for prefix in prefixes}:
         raise ConfigError(f"--output-prefix {output_prefix} is one of the inputs: give another name")
     try:
         with WorkingDirectory(output_prefix) as directory:
+            _refuse_stopped_run(directory, output_prefix)
             directory.clear()
             stem = directory.path / "merged"
             with IndexedWriter(stem, summaries[0].dtype) as writer:
                 for summary, manifest in zip(summaries, manifests, strict=True):
-                    _append(writer, summary, "" if manifest is None else manifest.bin_sha256)
+                    digest = _append(writer, summary, "" if manifest is None else manifest.bin_sha256)
+                    _refuse_copy(summary.prefix, digest, seen)
                     write_line(
                         f"{summary.prefix}: {summary.documents:,} documents, {summary.tokens:,} tokens"
                     )
@@ -97,6 +102,18 @@ def merge(
     except OSError as error:
         raise LetError(f"cannot write {output_prefix}: {error.strerror}; nothing was written over") from error
     return check_indexed(output_prefix), merged
+
+
+def _refuse_stopped_run(directory: WorkingDirectory, output_prefix: str) -> None:
+    try:
+        is_stopped = directory.read_journal() is not None
+    except ConfigError:  # what it says cannot be read: it is no less someone's work
+        is_stopped = True
+    if is_stopped:
+        raise ConfigError(
+            f"--output-prefix {output_prefix}: a stopped run of preprocessing lies in {directory.path}; let it go on, "
+            "delete that directory, or give another name"
+        )
 
 
 def _manifest_of(summary: IndexedSummary) -> Manifest | None:
@@ -130,8 +147,18 @@ def _check_same(summaries: Sequence[IndexedSummary], manifests: Sequence[Manifes
                 )
 
 
-def _append(writer: IndexedWriter, summary: IndexedSummary, bin_sha256: str) -> None:
-    """Append one pair: bounds, lengths, then tokens, each in pieces."""
+def _refuse_copy(prefix: str, bin_sha256: str, seen: dict[str, str]) -> None:
+    """Note whose tokens have this digest. Raises ConfigError when another pair's have it too."""
+    other = seen.setdefault(bin_sha256, prefix) if bin_sha256 else prefix
+    if other != prefix:
+        raise ConfigError(
+            f"{other}.bin and {prefix}.bin have the same content: their documents would be counted twice; give one of "
+            "them"
+        )
+
+
+def _append(writer: IndexedWriter, summary: IndexedSummary, bin_sha256: str) -> str:
+    """Append one pair: bounds, lengths, then tokens, each in pieces; return the SHA-256 of the tokens."""
     tables = open_tables(summary.prefix)
     for bounds in _bounds(tables):
         writer.add_bounds(bounds)
@@ -142,10 +169,12 @@ def _append(writer: IndexedWriter, summary: IndexedSummary, bin_sha256: str) -> 
         while block := stream.read(_CHUNK_BYTES):
             writer.add_tokens(block)
             digest.update(block)
-    if bin_sha256 and digest.hexdigest() != bin_sha256:
+    found = digest.hexdigest()
+    if bin_sha256 and found != bin_sha256:
         raise ConfigError(
             f"{summary.prefix}.bin is not the file that its manifest describes (SHA-256 differs): preprocess it again"
         )
+    return found
 
 
 def _bounds(tables: IndexTables) -> Iterator[Any]:
@@ -181,6 +210,8 @@ def _merged_manifest(manifests: Sequence[Manifest], digests: tuple[str, str]) ->
         skipped.update(manifest.skipped)
         for name, count in manifest.subsets.items():
             subsets[name] = subsets.get(name, SubsetCount()) + count
+    # Pairs of one run, as it writes for each subset, have their sources in common.
+    sources = {(source.path, source.sha256): source for manifest in manifests for source in manifest.sources}
     examples = [example for manifest in manifests for example in manifest.skipped_examples]
     sums = ("documents", "sequences", "tokens", "bytes", "records", "eod_in_text")
     names = {manifest.subset for manifest in manifests}
@@ -190,7 +221,7 @@ def _merged_manifest(manifests: Sequence[Manifest], digests: tuple[str, str]) ->
         **{name: sum(getattr(manifest, name) for manifest in manifests) for name in sums},
         json_key=",".join(keys),
         max_token_id=max(manifest.max_token_id for manifest in manifests),
-        sources=tuple(source for manifest in manifests for source in manifest.sources),
+        sources=tuple(sources.values()),
         skipped=dict(sorted(skipped.items())),
         skipped_examples=tuple(examples[:_MAX_EXAMPLES]),
         subset=names.pop() if len(names) == 1 else None,

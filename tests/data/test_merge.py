@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron_let import __version__
 from megatron_let.data import merge as merge_module
+from megatron_let.data.index_tables import open_tables
 from megatron_let.data.indexed import check_indexed
+from megatron_let.data.journal import Journal, WorkingDirectory
 from megatron_let.data.manifest import Manifest, SourceFile, SubsetCount, read_manifest, write_manifest
 from megatron_let.data.merge import find_pairs, merge
 from megatron_let.errors import ConfigError, LetError
@@ -97,6 +100,45 @@ def test_manifests_are_added_up(prefixes: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("subsets", "expected"),
+    [(("web", "web", "web"), "web"), (("web", "code", "web"), None), ((None, "web", "web"), None)],
+)
+def test_a_subset_is_the_results_only_where_it_is_that_of_all(
+    prefixes: list[str], tmp_path: Path, subsets: Sequence[str | None], expected: str | None
+) -> None:
+    for prefix, subset in zip(prefixes, subsets, strict=True):
+        write_manifest(prefix, manifest_for(prefix, subset=subset))
+    merged(prefixes, tmp_path / "out")
+    manifest = read_manifest(str(tmp_path / "out"))
+    assert manifest is not None
+    assert manifest.subset == expected
+
+
+def test_all_keys_are_named_and_the_version_is_of_who_merged(prefixes: list[str], tmp_path: Path) -> None:
+    for prefix, key in zip(prefixes, ("text", "title", "text"), strict=True):
+        write_manifest(prefix, manifest_for(prefix, json_key=key, tool_version="0.0.1"))
+    merged(prefixes, tmp_path / "out")
+    manifest = read_manifest(str(tmp_path / "out"))
+    assert manifest is not None
+    assert manifest.json_key == "text,title"
+    assert manifest.tool_version == __version__
+
+
+def test_lengths_that_add_up_beyond_32_bits_are_taken(tmp_path: Path) -> None:
+    lengths = np.array([2**31 - 1, 2**31 - 1, 5], dtype="<i4")
+    ends = np.cumsum(lengths, dtype=np.int64) * 2
+    with (tmp_path / "long.idx").open("wb") as stream:
+        stream.write(struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, 3, 2))
+        for table in (lengths, np.array([0, *ends[:-1]], dtype="<i8"), np.array([0, 3], dtype="<i8")):
+            stream.write(table.tobytes())
+    with (tmp_path / "long.bin").open("wb") as data:
+        data.truncate(int(ends[-1]))  # a hole: takes no room on the disk
+    (found,) = merge_module._lengths(open_tables(str(tmp_path / "long")))
+    assert found.tolist() == lengths.tolist()
+    assert check_indexed(str(tmp_path / "long")).tokens == lengths.sum(dtype=np.int64)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"tokenizer_fingerprint": "cd" * 32}, "differ in tokenizer_fingerprint"),
@@ -151,6 +193,47 @@ def test_the_output_may_not_be_an_input_and_no_input_comes_twice(prefixes: list[
         find_pairs([*prefixes, str(tmp_path / "." / "b")])
     with pytest.raises(ConfigError, match="names no pair"):
         merged([], tmp_path / "out")
+
+
+@pytest.mark.parametrize("is_readable", [True, False])
+def test_a_stopped_run_of_preprocessing_is_not_deleted(
+    prefixes: list[str], tmp_path: Path, is_readable: bool
+) -> None:
+    with WorkingDirectory(str(tmp_path / "out")) as directory:
+        directory.write_journal(Journal({}, {}))
+        (directory.path / "pair0.bin").write_bytes(b"tokens")
+        if not is_readable:
+            (directory.path / "journal.json").write_text("{")
+    before = {path.name: path.read_bytes() for path in directory.path.iterdir()}
+    with pytest.raises(ConfigError, match=r"a stopped run of preprocessing lies in .*out\.partial"):
+        merged(prefixes, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in directory.path.iterdir()} == before
+    assert len(before) == 3
+
+
+@pytest.mark.parametrize("have_manifests", [True, False])
+def test_a_copy_under_another_name_is_refused(
+    prefixes: list[str], tmp_path: Path, have_manifests: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_with_core(tmp_path / "copy", FIRST, "uint16")
+    if have_manifests:  # then before any work
+        write_manifest(prefixes[0], manifest_for(prefixes[0]))
+        write_manifest(f"{tmp_path}/copy", manifest_for(f"{tmp_path}/copy"))
+        monkeypatch.delattr(merge_module, "IndexedWriter")
+    with pytest.raises(ConfigError, match=r"/a\.bin and .*/copy\.bin have the same content.*counted twice"):
+        merged([*prefixes, f"{tmp_path}/copy"], tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_source_of_several_pairs_is_listed_once(prefixes: list[str], tmp_path: Path) -> None:
+    common = (SourceFile("1.jsonl", 9, "ab"), SourceFile("2.jsonl", 9, "cd"))
+    changed = SourceFile("1.jsonl", 9, "ef")
+    for prefix, sources in zip(prefixes, (common, common, (changed, common[1])), strict=True):
+        write_manifest(prefix, manifest_for(prefix, sources=sources))
+    merged(prefixes, tmp_path / "out")
+    manifest = read_manifest(str(tmp_path / "out"))
+    assert manifest is not None
+    assert manifest.sources == (*common, changed)
 
 
 def test_a_directory_stands_for_its_pairs_by_name(prefixes: list[str], tmp_path: Path) -> None:

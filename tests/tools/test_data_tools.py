@@ -219,7 +219,32 @@ def test_preprocessing_as_a_program_with_two_workers_gives_the_same_files(
         ({"--tokenizer-type": "BertWordPieceCase"}, "invalid choice: 'BertWordPieceCase'"),
         ({"--json-keys": "txt"}, 'under the key "txt"'),
         ({"--workers": "0"}, "--workers 0"),
-        ({"--split-sentences": ""}, "unrecognized arguments: --split-sentences"),
+        ({"--vocab-file": "a"}, "--vocab-file has no effect with HuggingFaceTokenizer"),
+        (
+            {"--vocab-size": "9", "--merge-file": "a"},
+            "--merge-file and --vocab-size have no effect with Hugg",
+        ),
+        ({"--tokenizer-type": "NullTokenizer"}, "--tokenizer-model has no effect with NullTokenizer"),
+        ({"--tokenizer-type": "GPT2BPETokenizer"}, "--tokenizer-model has no effect with GPT2BPETokenizer"),
+        (
+            {
+                "--tokenizer-type": "NullTokenizer",
+                "--tokenizer-model": "",
+                "--vocab-size": "9",
+                "--encode-special-tokens": "",
+            },
+            "--encode-special-tokens has no effect with NullTokenizer",
+        ),
+        (
+            {"--text-documents": "file", "--input-format": "jsonl"},
+            "--text-documents has no effect with --input-format jsonl",
+        ),
+        ({"--text-documents": "line", "--input-format": "parquet"}, "--text-documents has no effect"),
+        ({"--commit-interval": "nan"}, "--commit-interval: nan: give a number of seconds from 0 on"),
+        ({"--commit-interval": "-1"}, "--commit-interval: -1: give a number of seconds from 0 on"),
+        ({"--commit-interval": "inf"}, "--commit-interval: inf: give a number of seconds from 0 on"),
+        ({"--commit-interval": "soon"}, "invalid seconds value: 'soon'"),
+        ({"--split-sentence": ""}, "unrecognized arguments: --split-sentence"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_two(
@@ -237,7 +262,9 @@ def test_a_mistake_is_one_line_and_status_two(
         "--tokenizer-model": str(tokenizer),
         **changes,
     }
-    arguments = [part for pair in flags.items() for part in pair if part]
+    arguments = [
+        part for pair in flags.items() for part in pair if part and pair != ("--tokenizer-model", "")
+    ]
     assert run("preprocess_data", *arguments) == 2
     said = capsys.readouterr().err.splitlines()
     error_lines = [line for line in said if not line.startswith(("processed", "encoder: "))]
@@ -261,7 +288,7 @@ def test_an_interruption_is_one_line_and_leaves_nothing(
     output = ("--input", corpus / "train.jsonl", "--output-prefix", tmp_path / "out")
     assert run("preprocess_data", *flags, *output) == 130
     (line,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("encoder: "))
-    assert line == "error: interrupted; the same command goes on where this one stopped"
+    assert line == "error: interrupted; the same command begins anew"
     assert list(tmp_path.iterdir()) == []
 
 

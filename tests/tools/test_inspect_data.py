@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import subprocess
 import sys
@@ -79,6 +80,24 @@ def test_a_document_is_decoded_and_one_that_is_not_there_refused(
     assert "\n3 4\n" in capsys.readouterr().out
 
 
+def test_a_tokenizer_of_two_files_is_asked_for_by_its_own_flags(
+    prefix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vocabulary = {"0": 0, "1": 1, "2": 2, "3": 3, "<|endoftext|>": 4}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    files = ("--vocab-file", tmp_path / "vocab.json", "--merge-file", tmp_path / "merges.txt")
+    given = ("--tokenizer-type", "GPT2BPETokenizer", *files)
+    assert run(prefix, "--add-manifest", *given) == 0
+    capsys.readouterr()
+    assert run(prefix, "--document", 1) == 2
+    said = capsys.readouterr().err
+    assert "needs --tokenizer-type GPT2BPETokenizer --vocab-file and --merge-file" in said
+    assert "--tokenizer-model" not in said
+    assert run(prefix, "--document", 1, *given) == 0
+    assert "\n3<|endoftext|>\n" in capsys.readouterr().out
+
+
 def test_verify_prints_a_line_a_check_and_ends_with_its_status(
     prefix: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,6 +148,14 @@ def test_a_manifest_for_files_of_neox_is_what_training_reads(
         (("--verify", "--add-manifest"), "not allowed with argument"),
         (("--add-manifest",), "needs --tokenizer-model"),
         (("--document", "one"), "invalid int value"),
+        (("--document", "0", "--vocab-size", "5"), "--vocab-size: give --tokenizer-type too"),
+        (("--verify", "--vocab-file", "a", "--merge-file", "b"), "--vocab-file and --merge-file: give"),
+        (
+            ("--verify", "--tokenizer-model", "a", "--vocab-size", "5"),
+            "--vocab-size has no effect with HuggingFaceTokenizer",
+        ),
+        (("--tokenizer-model", "a"), "--tokenizer-model has no effect without --document, --verify or"),
+        (("--tokenizer-type", "NullTokenizer"), "--tokenizer-type has no effect without --document"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_two(

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmark_data import measure_data
+from benchmark_data import KINDS, measure_data
 from benchmark_measure import (
     WARM_UP_STEPS,
     Bench,
@@ -67,6 +67,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     data = commands.add_parser("data", help="preprocessing against its floors and Megatron-LM's tool")
     data.add_argument("--megabytes", type=int, default=150, help="of JSON lines")
     data.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers to measure")
+    data.add_argument("--sides", choices=KINDS, nargs="+", default=KINDS, help="kinds of sides to measure")
     data.add_argument("--repeats", type=int, default=3, help="turns of each side")
     data.add_argument("--megatron-lm", type=Path, metavar="DIR", help="checkout of Megatron-LM core_v0.16.1")
     data.add_argument("--json", type=Path, help="write the figures to this file")
@@ -107,6 +108,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> Result:
             directory,
             megabytes=arguments.megabytes,
             workers=arguments.workers,
+            kinds=arguments.sides,
             repeats=arguments.repeats,
             megatron_lm=arguments.megatron_lm,
         )

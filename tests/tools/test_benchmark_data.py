@@ -9,7 +9,7 @@ from pathlib import Path
 import benchmark
 import benchmark_data
 import pytest
-from benchmark_data import Side, require_same_bytes, write_corpus
+from benchmark_data import Side, measure_data, require_same_bytes, write_corpus
 
 # In the place of Megatron-LM's tool: our own.
 PEER = f"""
@@ -72,7 +72,22 @@ def test_a_side_that_fails_says_what_it_said(tmp_path: Path) -> None:
         side.take_turn()
 
 
-def test_more_text_than_there_is_cannot_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_data, "_texts", lambda: iter([("a", "text")]))
-    with pytest.raises(RuntimeError, match="ask for less"):
-        write_corpus(tmp_path / "corpus.jsonl", 10**6)
+def test_texts_that_give_out_are_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_data, "_texts", lambda: iter([("a", "x" * 500), ("b", "y" * 500)]))
+    written, unique = write_corpus(tmp_path / "corpus.jsonl", 2000)
+    lines = (tmp_path / "corpus.jsonl").read_bytes().splitlines()
+    assert [json.loads(line)["meta"]["pile_set_name"] for line in lines] == ["a", "b", "a", "b"]
+    assert (written, unique) == (
+        sum(len(line) + 1 for line in lines),
+        sum(len(line) + 1 for line in lines[:2]),
+    )
+
+
+def test_one_kind_of_side_can_be_measured_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_data, "VOCABULARY", 300)
+    conditions, rows, notes = measure_data(
+        tmp_path, megabytes=1, workers=[1], kinds=["fast"], repeats=1, megatron_lm=None
+    )
+    assert [row["side"] for row in rows] == ["ours, fast", "ours, fast", "start-up: ten documents"]
+    assert "(1 MB of it unique)" in conditions
+    assert len(notes) == 1

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
+
+from tests.data.stopped_runs import lines
 
 SENTENCES = (
     "the quick brown fox jumps over the lazy dog",
@@ -79,3 +83,14 @@ def write_tokenizer_directory(directory: Path, backend: Any, **settings: Any) ->
     backend.save(str(directory / "tokenizer.json"))
     usual = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     (directory / "tokenizer_config.json").write_text(json.dumps({**usual, **settings}))
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return three files: plain, gzip, zstd."""
+    directory = tmp_path_factory.mktemp("inputs")
+    content = [b"\n".join(lines(count)) + b"\n" for count in (900, 700, 800)]
+    (directory / "a.jsonl").write_bytes(content[0])
+    (directory / "b.jsonl.gz").write_bytes(gzip.compress(content[1]))
+    (directory / "c.jsonl.zst").write_bytes(zstandard.compress(content[2]))
+    return sorted(str(path) for path in directory.iterdir())

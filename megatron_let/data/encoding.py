@@ -195,7 +195,7 @@ def _documents_of(
     documents: list[Document] = []
     for record, subset in zip(records, subsets, strict=True):
         try:
-            texts = record.take_texts(key)
+            texts = record.take_long_texts(key)
             documents.append(
                 Document(record.number, record.byte, texts, len(texts), utf8_size(texts), subset)
             )

@@ -11,11 +11,13 @@ since the memory it takes has no bound.
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from megatron_let.data.batch_encoders import BatchEncoder, EncodedTexts, join_encoded
+from megatron_let.data.long_lines import Text
 
 PIECE_CHARACTERS = 1 << 20
 """Where a piece may end; texts of up to twice as many are not cut."""
@@ -38,7 +40,7 @@ class TextTooLong(ValueError):
 
 def encode_texts(
     encoder: BatchEncoder,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     piece_characters: int = PIECE_CHARACTERS,
     max_whole_characters: int = MAX_WHOLE_CHARACTERS,
 ) -> EncodedTexts:
@@ -55,13 +57,13 @@ def encode_texts(
         elif len(batch) == 1 and len(batch[0]) > max_whole_characters:
             raise TextTooLong("the tokenizer's choices depend on the whole text")
         else:
-            results.append(encoder.encode(batch))
+            results.append(encoder.encode([str(text) for text in batch]))
     return results[0] if len(results) == 1 else join_encoded(results)
 
 
 def pieces_of(
     encoder: BatchEncoder,
-    text: str,
+    text: Text,
     piece_characters: int,
     max_whole_characters: int = MAX_WHOLE_CHARACTERS,
 ) -> Iterator[str]:
@@ -71,19 +73,22 @@ def pieces_of(
         TextTooLong: there is no safe cut for a long stretch.
     """
     start = 0
-    while len(text) - start > 2 * piece_characters:
-        limits = (start + 2 * piece_characters, start + max_whole_characters)
-        cut = _find_cut(encoder, text, start, start + piece_characters, limits)
-        if cut is None and len(text) - start > max_whole_characters:
+    while (left := len(text) - start) > 2 * piece_characters:
+        cut = None
+        for limit in (2 * piece_characters, max_whole_characters):
+            window = text[start : start + limit + max(_CONTEXTS) + 1]
+            if cut := _find_cut(encoder, window, piece_characters, limit):
+                break
+        if cut is None and left > max_whole_characters:
             raise TextTooLong(f"no safe cut in {max_whole_characters:,} characters")
         if cut is None:
             break
-        yield text[start : cut[0]]
-        start = cut[1]
+        yield window[: cut[0]]
+        start += cut[1]
     yield text[start:]
 
 
-def _batches(texts: Sequence[str], max_characters: int) -> Iterator[Sequence[str]]:
+def _batches(texts: Sequence[Text], max_characters: int) -> Iterator[Sequence[Text]]:
     """Yield the texts in groups that are encoded in one call each; a longer text is alone."""
     first, size = 0, 0
     for index, text in enumerate(texts):
@@ -99,42 +104,35 @@ def _batches(texts: Sequence[str], max_characters: int) -> Iterator[Sequence[str
 
 
 def _encode_in_order(encoder: BatchEncoder, pieces: Iterator[str]) -> EncodedTexts:
-    ids = [_narrow(encoder.encode([piece])) for piece in pieces]
-    joined = np.concatenate(ids)
-    return EncodedTexts(joined, np.array([len(joined)], dtype=np.int64))
+    """Return the pieces' ids as those of one text, in 16 bits where they fit, and never held twice."""
+    ids = array("H")
+    for piece in pieces:
+        encoded = encoder.encode([piece]).ids
+        if ids.typecode == "H" and len(encoded) and (encoded.min() < 0 or encoded.max() >= 1 << 16):
+            ids = array("I" if encoded.dtype == np.uint32 else "q", ids)
+        ids.frombytes(encoded.astype(ids.typecode, copy=False).tobytes())
+    return EncodedTexts(np.asarray(ids), np.array([len(ids)], dtype=np.int64))
 
 
-def _narrow(encoded: EncodedTexts) -> np.ndarray:
-    """Return the ids in 16 bits where they fit: the whole text's are held at once."""
-    fits = not len(encoded.ids) or (encoded.ids.min() >= 0 and encoded.ids.max() < 1 << 16)
-    return encoded.ids.astype(np.uint16) if fits else encoded.ids
-
-
-def _find_cut(
-    encoder: BatchEncoder, text: str, piece_start: int, target: int, limits: Sequence[int]
-) -> tuple[int, int] | None:
-    """Return where the piece that begins at `piece_start` may end and the next one begin.
-
-    That is behind `target` and, if possible, before the first of `limits`, else before the next.
-    """
-    for limit in limits:
-        for place in _PLACES:
-            position, step = target, _FIRST_STEP
-            while match := place.search(text, position, min(limit, len(text))):
-                end = match.end()
-                # Without the space: a tokenizer that puts one in front of every text would make it two.
-                starts = (end, end + 1) if text[end] == " " else (end,)
-                for start in starts:
-                    if _is_safe(encoder, text, piece_start=piece_start, end=end, start=start):
-                        return end, start
-                position, step = end + step, step + step // 2  # a stretch without a safe cut is soon behind
+def _find_cut(encoder: BatchEncoder, text: str, target: int, limit: int) -> tuple[int, int] | None:
+    """Return where the piece that the text begins with may end, and the next one begin, behind `target`."""
+    for place in _PLACES:
+        position, step = target, _FIRST_STEP
+        while match := place.search(text, position, min(limit, len(text))):
+            end = match.end()
+            # Without the space: a tokenizer that puts one in front of every text would make it two.
+            starts = (end, end + 1) if text[end] == " " else (end,)
+            for start in starts:
+                if _is_safe(encoder, text, end=end, start=start):
+                    return end, start
+            position, step = end + step, step + step // 2  # a stretch without a safe cut is soon behind
     return None
 
 
-def _is_safe(encoder: BatchEncoder, text: str, *, piece_start: int, end: int, start: int) -> bool:
+def _is_safe(encoder: BatchEncoder, text: str, *, end: int, start: int) -> bool:
     windows: list[str] = []
     for context in _CONTEXTS:
-        first, last = max(end - context, piece_start), start + context
+        first, last = max(end - context, 0), start + context
         windows += [text[first:last], text[first:end], text[start:last]]
     ids = encoder.encode(windows).to_lists()
     return all(

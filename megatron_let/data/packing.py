@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_let.data.batch_encoders import EncodedTexts
+from megatron_let.data.long_lines import Text
 from megatron_let.data.manifest import SubsetCount
 
 _IntArray = npt.NDArray[np.int64]
@@ -25,7 +26,7 @@ class Document(NamedTuple):
 
     record: int
     byte: int
-    texts: list[str]
+    texts: list[Text]
     """Emptied once they are encoded."""
     num_texts: int
     num_bytes: int
@@ -90,22 +91,24 @@ def pack(
     lengths = encoded.lengths[encoded.lengths > 0]
     tokens_of_each: _IntArray = np.add.reduceat(lengths, np.cumsum(counts) - counts)
     _require_range(encoded.ids, rules.dtype)
-    tokens = encoded.ids.astype(rules.dtype, copy=False)
+    tokens = _cast(encoded.ids, rules.dtype)
     max_token_id = int(encoded.ids.max())
     if rules.append_eod:
         _require_range(np.array([rules.eod]), rules.dtype)
         max_token_id = max(max_token_id, rules.eod)
-        tokens = _with_eod(tokens, np.cumsum(tokens_of_each), rules.eod)
+        content = _with_eod(tokens, np.cumsum(tokens_of_each), rules.eod)
         lengths[np.cumsum(counts) - 1] += 1
         tokens_of_each = tokens_of_each + 1
+    else:
+        content = tokens.tobytes()
     _require_range(lengths, "int32")
     part = EncodedPart(
         key=key,
         subset=subset,
-        tokens=tokens.tobytes(),
+        tokens=content,
         lengths=lengths.astype(np.int32).tobytes(),
         sequence_counts=counts.astype(np.int32).tobytes(),
-        num_tokens=len(tokens),
+        num_tokens=int(lengths.sum()),
         max_token_id=max_token_id,
         text_bytes=sum(document.num_bytes for document in kept),
         eod_in_text=int(np.count_nonzero(encoded.ids == rules.eod)),
@@ -130,14 +133,23 @@ def _require_range(values: npt.NDArray[Any], dtype: str) -> None:
         raise OverflowError(f"{smallest}..{largest} does not fit into {dtype} ({limits.min}..{limits.max})")
 
 
-def _with_eod(tokens: _Ids, ends: _IntArray, eod: int) -> _Ids:
+def _cast(values: _Ids, dtype: str) -> _Ids:
+    """Return values known to fit as that type, the same memory where the size is the same."""
+    if values.dtype.itemsize == np.dtype(dtype).itemsize:
+        return values.view(dtype)
+    return values.astype(dtype)
+
+
+def _with_eod(tokens: _Ids, ends: _IntArray, eod: int) -> bytes:
     """Return the tokens with eod put in at each end."""
+    if len(ends) == 1:  # a long document is alone, and held no more often than need be
+        return b"".join([tokens.data, np.array([eod], dtype=tokens.dtype).data])
     result = np.empty(len(tokens) + len(ends), dtype=tokens.dtype)
     is_token = np.ones(len(result), dtype=bool)
     is_token[ends + np.arange(len(ends))] = False
     result[is_token] = tokens
     result[~is_token] = eod
-    return result
+    return result.tobytes()
 
 
 def _subset_counts(documents: Sequence[Document], num_tokens: Sequence[int]) -> dict[str, SubsetCount]:

@@ -5,18 +5,28 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import orjson
 
 from megatron_let.data.blocks import Block, RecordKind
+from megatron_let.data.long_lines import (
+    LONG_BYTES,
+    LongText,
+    Text,
+    TooComplex,
+    long_text,
+    put_back,
+    without_long_strings,
+)
 
 BLANK_LINE = "blank_line"
 INVALID_UTF8 = "invalid_utf8"
 INVALID_JSON = "invalid_json"
 TRUNCATED_LAST_LINE = "truncated_last_line"
 TOO_LONG = "too_long"
+TOO_COMPLEX = "too_complex"
 NOT_AN_OBJECT = "not_an_object"
 MISSING_KEY = "missing_key"
 NULL_TEXT = "null_text"
@@ -76,6 +86,10 @@ class Record(NamedTuple):
     """How many records: more than one only for empty lines that follow each other, this being the first."""
 
     def take_texts(self, key: str) -> list[str]:
+        """Return the document under `key` as `take_long_texts` does, each text in one piece."""
+        return [str(text) for text in self.take_long_texts(key)]
+
+    def take_long_texts(self, key: str) -> list[Text]:
         """Return the document under `key` and forget it here: a huge text is then held by the caller alone.
 
         Raises:
@@ -136,48 +150,45 @@ def parse_line(line: Line, *, replace_invalid_utf8: bool = False) -> dict[str, A
     of a source that was cut off.
 
     Raises:
-        RejectedRecord: blank, not UTF-8, not JSON, or JSON but not an object.
+        RejectedRecord: blank, not UTF-8, not JSON, JSON but not an object, or more than can be parsed.
     """
     if reason := _reason_at_first_sight(line, replace_invalid_utf8):
         raise RejectedRecord(reason)
     content = _without_mark(line)
-    try:
-        record = orjson.loads(content)
-    except orjson.JSONDecodeError:
-        # The standard library takes more: NaN, half surrogate pairs. It decides.
-        record = _parse_slowly(bytes(content), line.is_cut, replace_invalid_utf8)
+    parse = _parse_long if len(content) > LONG_BYTES else _parse
+    record = parse(content, line.is_cut, replace_invalid_utf8)
     if not isinstance(record, dict):
         raise RejectedRecord(NOT_AN_OBJECT)
     return record
 
 
-def texts_of(record: Mapping[str, Any], key: str) -> list[str]:
+def texts_of(record: Mapping[str, Any], key: str) -> list[Text]:
     """Return the document under `key`: one text, or a list of texts that become one sequence each, as in Megatron.
 
     Raises:
         RejectedRecord: the key is absent or does not hold text that can be encoded.
     """
     value = record.get(key)
-    if isinstance(value, str) and value:
+    if isinstance(value, (str, LongText)) and value:
         return [value]
     if value is None:
         raise RejectedRecord(NULL_TEXT if key in record else MISSING_KEY)
     texts = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) for text in texts):
+    if not all(isinstance(text, (str, LongText)) for text in texts):
         raise RejectedRecord(NOT_TEXT)
     if not any(texts):
         raise RejectedRecord(EMPTY_TEXT)
     return texts
 
 
-def utf8_size(texts: list[str]) -> int:
+def utf8_size(texts: Sequence[Text]) -> int:
     """Return the texts' size in UTF-8 bytes.
 
     Raises:
         RejectedRecord: a text holds half a surrogate pair, which JSON can spell but UTF-8 cannot.
     """
     try:
-        return sum(len(text) if text.isascii() else _encoded_size(text) for text in texts)
+        return sum(map(_encoded_size, texts))
     except UnicodeEncodeError:
         raise RejectedRecord(LONE_SURROGATE) from None
 
@@ -189,7 +200,7 @@ def subset_of(record: Mapping[str, Any], path: tuple[str, ...]) -> str:
         if not isinstance(value, dict):
             return ""
         value = value.get(key)
-    # A name that UTF-8 cannot hold could be written nowhere.
+    # A name that UTF-8 cannot hold could be written nowhere. One of megabytes is none.
     if not isinstance(value, str):
         return ""
     return value if value.isascii() else value.encode("utf-8", errors="replace").decode("utf-8")
@@ -225,6 +236,27 @@ def _is_utf8(content: memoryview) -> bool:
     return True
 
 
+def _parse_long(content: memoryview, is_cut: bool, replace_invalid_utf8: bool) -> Any:
+    """Parse without the long strings, which are put back in pieces."""
+    try:
+        short, strings = without_long_strings(content, replace_invalid_utf8)
+    except TooComplex:
+        raise RejectedRecord(TOO_COMPLEX) from None
+    except ValueError:
+        is_readable = replace_invalid_utf8 or _is_utf8(content)
+        reason = INVALID_JSON if is_readable else INVALID_UTF8
+        raise RejectedRecord(TRUNCATED_LAST_LINE if is_cut else reason) from None
+    return put_back(_parse(short, is_cut, replace_invalid_utf8), strings)
+
+
+def _parse(content: memoryview | bytes, is_cut: bool, replace_invalid_utf8: bool) -> Any:
+    try:
+        return orjson.loads(content)
+    except orjson.JSONDecodeError:
+        # The standard library takes more: NaN, half surrogate pairs. It decides.
+        return _parse_slowly(bytes(content), is_cut, replace_invalid_utf8)
+
+
 def _parse_slowly(content: bytes, is_cut: bool, replace_invalid_utf8: bool) -> Any:
     """Parse with the standard library, which decides what is valid."""
     try:
@@ -240,24 +272,33 @@ def _whole(block: Block) -> Iterator[Line]:
         yield Line(block.first_record, block.first_byte, memoryview(block.content), is_cut=False)
 
 
-def _text_of(line: Line, kind: RecordKind, replace_invalid_utf8: bool) -> str:
+def _text_of(line: Line, kind: RecordKind, replace_invalid_utf8: bool) -> Text:
     """Return a plain text's record. A line may end in CR LF."""
+    content = _without_mark(line)
+    if kind is RecordKind.TEXT_LINES:
+        if content[-1:] == b"\r":
+            content = content[:-1]
+        begin = _FIRST_BYTE.match(content)
+        if begin and not begin[1]:
+            raise RejectedRecord(BLANK_LINE)
+    errors = "replace" if replace_invalid_utf8 else "strict"
     try:
-        text = str(_without_mark(line), "utf-8", "replace" if replace_invalid_utf8 else "strict")
+        return str(content, "utf-8", errors) if len(content) <= LONG_BYTES else long_text(content, errors)
     except UnicodeDecodeError:
         raise RejectedRecord(INVALID_UTF8) from None
-    if kind is RecordKind.TEXT_LINES:
-        text = text.removesuffix("\r")
-        if not text.strip(" \t\v\f\r"):
-            raise RejectedRecord(BLANK_LINE)
-    return text
 
 
 def _without_mark(line: Line) -> memoryview:
     return line.content[3:] if line.byte == 0 and line.content[:3] == _BYTE_ORDER_MARK else line.content
 
 
-def _encoded_size(text: str) -> int:
+def _encoded_size(text: Text) -> int:
+    if isinstance(text, LongText):
+        if text.has_lone_surrogate:
+            raise RejectedRecord(LONE_SURROGATE)
+        return text.utf8_size()
+    if text.isascii():
+        return len(text)
     if len(text) <= _SIZE_CHUNK:
         return len(text.encode("utf-8"))
     return sum(

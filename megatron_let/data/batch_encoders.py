@@ -54,7 +54,7 @@ class BackendEncoder(BatchEncoder):
     is_local = True
 
     def __init__(self, backend: Any) -> None:
-        self.backend = backend
+        self._take(backend)
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """See BatchEncoder."""
@@ -70,8 +70,14 @@ class BackendEncoder(BatchEncoder):
         """See __getstate__."""
         from tokenizers import Tokenizer as Backend
 
-        self.backend = Backend.from_str(state[0])
-        self.backend.encode_special_tokens = state[1]
+        backend = Backend.from_str(state[0])
+        backend.encode_special_tokens = state[1]
+        self._take(backend)
+
+    def _take(self, backend: Any) -> None:
+        self.backend = backend
+        # As with SentencePiece's, see there: sums of scores, in whose ties and rounding all before a place has a part.
+        self.is_local = type(backend.model).__name__ != "Unigram"
 
 
 class SlowHuggingFaceEncoder(BatchEncoder):

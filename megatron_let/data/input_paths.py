@@ -14,13 +14,17 @@ from megatron_let.log import LOGGER
 _COMPRESSION_SUFFIXES = (".gz", ".zst", ".zstd")
 _DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt", ".parquet")
 _GLOB_CHARACTERS = "*?["
+# What this program and its like leave where their output is.
+_OWN_DIRECTORY_SUFFIX = ".partial"
+_OWN_FILE_SUFFIXES = (".manifest.json", "_subsets.json", "_blend.txt")
 
 
 def expand_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
     """Return the paths that the inputs stand for, in the order given, those of one glob or directory sorted.
 
     A file that is named is taken whatever its name. Of a directory the files below it with a known suffix are, hidden
-    ones and those in hidden directories excepted; a line in the log tells of the others.
+    ones and those in hidden directories excepted, and what preprocessing itself puts there (NAME.partial/, NAME.manifest.json,
+    NAME_subsets.json, NAME_blend.txt); a line in the log tells of the others.
 
     Raises:
         ConfigError: nothing is named, a glob has no match, or a directory holds no data or cannot be read.
@@ -86,13 +90,18 @@ def _walk(directory: str) -> Iterator[str]:
     entered = {_identity(directory)}
     for parent, directories, files in os.walk(directory, followlinks=True, onerror=_refuse):
         for name in sorted(directories):
-            identity = None if name.startswith(".") else _identity(os.path.join(parent, name))
+            is_left_out = name.startswith(".") or name.endswith(_OWN_DIRECTORY_SUFFIX)
+            identity = None if is_left_out else _identity(os.path.join(parent, name))
             if identity is None or identity in entered:
                 directories.remove(name)
             else:
                 entered.add(identity)
         directories.sort()
-        yield from (os.path.join(parent, name) for name in files if not name.startswith("."))
+        yield from (
+            os.path.join(parent, name)
+            for name in files
+            if not name.startswith(".") and not name.endswith(_OWN_FILE_SUFFIXES)
+        )
 
 
 def _identity(directory: str) -> tuple[int, int]:

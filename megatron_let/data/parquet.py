@@ -15,7 +15,9 @@ from megatron_let.errors import ConfigError
 from megatron_let.optional import has_pyarrow
 
 _BUFFER_BYTES = 1 << 20
-_MAX_BATCH_ROWS = 1024
+# Rows that are decoded at once. Nothing in the file tells a row's size before: a dictionary holds a text of megabytes
+# once for any number of rows. More than a few gain nothing but for rows of some bytes.
+_MAX_BATCH_ROWS = 32
 
 
 def require_parquet(path: str) -> None:
@@ -90,13 +92,13 @@ def _lines(name: str, file: Any, rules: InputRules, skip: int) -> Iterator[bytes
     columns = [column for column in rules.columns if column in file.schema_arrow.names]
     groups, skip = _groups_after(file.metadata, skip)
     with _damage_named(name):
-        batches = file.iter_batches(
-            batch_size=_batch_rows(file.metadata, columns, rules.block_bytes),
-            row_groups=groups,
-            columns=columns,
-            use_threads=False,
-        )
-        for batch in batches:
+        num_rows = 1
+        for batch in file.iter_batches(
+            batch_size=num_rows, row_groups=groups, columns=columns, use_threads=False
+        ):
+            # The next batch then has that many rows: fewer at once where rows are large, slowly more where not.
+            num_rows = _next_batch_rows(num_rows, batch.nbytes, rules.block_bytes)
+            file.reader.set_batch_size(num_rows)
             if skip < batch.num_rows:
                 yield from _batch_lines(batch.slice(skip), columns)
             skip = max(0, skip - batch.num_rows)
@@ -111,14 +113,11 @@ def _groups_after(metadata: Any, skip: int) -> tuple[list[int], int]:
     return list(range(first, metadata.num_row_groups)), skip
 
 
-def _batch_rows(metadata: Any, columns: Sequence[str], block_bytes: int) -> int:
-    """Return how many rows make up about a block, by the mean size that the first row group's metadata tells."""
-    group = metadata.row_group(0)
-    total = 0
-    for chunk in map(group.column, range(group.num_columns)):
-        if chunk.path_in_schema.split(".", 1)[0] in columns:
-            total += chunk.total_uncompressed_size
-    return max(1, min(_MAX_BATCH_ROWS, block_bytes * group.num_rows // max(1, total)))
+def _next_batch_rows(num_rows: int, num_bytes: int, block_bytes: int) -> int:
+    """Return how many rows to decode next, after a batch of that many rows and bytes."""
+    if num_bytes > block_bytes:
+        return max(1, num_rows * block_bytes // num_bytes)
+    return min(_MAX_BATCH_ROWS, 2 * num_rows)
 
 
 def _batch_lines(batch: Any, columns: Sequence[str]) -> Iterator[bytes]:

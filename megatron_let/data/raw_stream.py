@@ -68,11 +68,11 @@ class RawStream:
             self._add(piece)
         elif not self.is_verified:
             raise changed_since_start(self.name)
-        elif self._size is not None and self.position != self._size:
-            raise ConfigError(
-                f"input {self.name} changed while it was read: {self._size} bytes at the start, {self.position} "
-                "now; start again when nothing writes to it any more"
-            )
+        elif self._size is not None and self.position < self._size:
+            raise self._changed(f"{self.position} now")
+        # At once: a writer that keeps ahead would have us read on for ever.
+        if self._size is not None and self.position > self._size:
+            raise self._changed(f"at least {self.position} now")
         return piece
 
     def verify_rest(self) -> None:
@@ -83,6 +83,12 @@ class RawStream:
         """
         while not self.is_verified:
             self.read()
+
+    def _changed(self, now: str) -> ConfigError:
+        return ConfigError(
+            f"input {self.name} changed while it was read: {self._size} bytes at the start, {now}; start again when "
+            "nothing writes to it any more"
+        )
 
     def _add(self, piece: bytes) -> None:
         before = self._start.disk_bytes - self.position

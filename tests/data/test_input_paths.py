@@ -45,6 +45,19 @@ def test_a_directory_with_data_alone_says_nothing(caplog: pytest.LogCaptureFixtu
     assert not caplog.records
 
 
+def test_what_preprocessing_puts_into_its_input_directory_is_not_read(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    touch("d/a.jsonl", "d/b.partial.jsonl", "d/subsets.json", "d/blend.txt")
+    touch("d/out.partial/journal.json", "d/out.partial/0000.json", "d/e/out.partial/x/y.jsonl")
+    touch("d/out_text_document.manifest.json", "d/out_text_subsets.json", "d/e/out_text_blend.txt")
+    expected = ("d/a.jsonl", "d/b.partial.jsonl", "d/blend.txt", "d/subsets.json")
+    assert expand_inputs(["d"]) == expected
+    assert not caplog.records
+    # Named, they are read as any file is.
+    assert expand_inputs(["d/*_subsets.json"]) == ("d/out_text_subsets.json",)
+
+
 def test_links_are_followed_and_a_ring_of_them_ends() -> None:
     touch("elsewhere/a.jsonl", "d/b.jsonl")
     os.symlink("../elsewhere", "d/linked")

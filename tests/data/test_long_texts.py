@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import tracemalloc
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -106,7 +107,6 @@ BACKENDS: dict[str, Callable[[], BatchEncoder]] = {
     "nfd_strip": partial(
         bpe, byte_level(), normalizers.Sequence([normalizers.NFD(), normalizers.Strip(left=True, right=True)])
     ),
-    "unigram": unigram,
     "word_piece": word_piece,
 }
 SENTENCEPIECE: dict[str, dict[str, Any]] = {
@@ -229,6 +229,16 @@ def test_a_unigram_sentencepiece_model_is_encoded_whole(tmp_path: Path) -> None:
     encode_texts(calls, ["the quick fox " * 100], 50)
     assert calls.sizes == [1400]
     assert not is_unigram(train_sentencepiece(tmp_path / "bpe", model_type="bpe").model)
+
+
+def test_a_unigram_model_of_hugging_face_is_encoded_whole(encoders: dict[str, BatchEncoder]) -> None:
+    encoder = unigram()
+    calls = RecordingEncoder(pickle.loads(pickle.dumps(encoder)))
+    assert not encoder.is_local
+    assert not calls.is_local
+    encode_texts(calls, ["the quick fox " * 100], 50)
+    assert calls.sizes == [1400]
+    assert all(encoders[name].is_local for name in BACKENDS)
 
 
 @pytest.mark.parametrize("model", [b"\x80", b"\x0b", b"\x12\x80"])

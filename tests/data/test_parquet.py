@@ -266,3 +266,24 @@ def test_memory_does_not_grow_with_the_row_group() -> None:
         tracemalloc.stop()
     # Of 80 MB in the group. Both are 21 to 25 MB for one of 320 MB as well.
     assert most < 30_000_000
+
+
+def test_large_rows_behind_small_ones_are_decoded_a_few_at_a_time() -> None:
+    # A dictionary holds each of the large texts once, and the file says nothing of their size.
+    large = ["7 " * 500_000 + str(number) for number in range(3)]
+    texts = ["1"] * 1000 + [large[number % 3] for number in range(300)] + ["2"] * 1000
+    source = put({"text": texts}, row_group_size=1000)
+    pool = pyarrow.default_memory_pool()
+    before, most, kept = pool.bytes_allocated(), 0, 0
+    tracemalloc.start()
+    try:
+        for block in read_blocks(source, RULES):
+            most = max(most, pool.bytes_allocated() - before)
+            kept += block.content.count(b"\n")
+        assert tracemalloc.get_traced_memory()[1] < 80_000_000
+    finally:
+        tracemalloc.stop()
+    assert kept == len(texts)
+    assert (
+        most < 40_000_000
+    )  # 16 rows of a megabyte and the dictionary; by the file's own figures it was 100 rows

@@ -180,6 +180,16 @@ def test_a_file_that_changes_its_size_while_it_is_read_is_an_error(
         list(blocks)
 
 
+def test_a_growing_file_is_refused_as_soon_as_it_is_read_beyond_its_size(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", CONTENT)
+    with open(source.path, "ab") as stream:
+        stream.write(CONTENT * 3)
+    blocks, taken = read_blocks(source, InputRules(block_bytes=1000), read_bytes=4096), list[Block]()
+    with pytest.raises(ConfigError, match=rf"read: {len(CONTENT)} bytes at the start, at least \d+ now"):
+        taken.extend(blocks)
+    assert sum(len(block.content) for block in taken) <= len(CONTENT)
+
+
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_a_file_of_another_format_is_an_error_when_read_too(tmp_path: Path, compression: str) -> None:
     source = write(tmp_path / "input", COMPRESSIONS[compression]("{}\n".encode("utf-16")))

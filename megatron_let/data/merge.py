@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_let import __version__
+from megatron_let.data.digests import sha256_while_reading
 from megatron_let.data.index_tables import CHUNK, IndexTables, open_tables
 from megatron_let.data.indexed import IndexedSummary, check_indexed
 from megatron_let.data.indexed_writer import IndexedWriter, install_pair
@@ -164,12 +164,7 @@ def _append(writer: IndexedWriter, summary: IndexedSummary, bin_sha256: str) -> 
         writer.add_bounds(bounds)
     for lengths in _lengths(tables):
         writer.add_lengths(lengths)
-    digest = hashlib.sha256()
-    with Path(f"{summary.prefix}.bin").open("rb") as stream:
-        while block := stream.read(_CHUNK_BYTES):
-            writer.add_tokens(block)
-            digest.update(block)
-    found = digest.hexdigest()
+    found = sha256_while_reading(f"{summary.prefix}.bin", writer.add_tokens, _CHUNK_BYTES)
     if bin_sha256 and found != bin_sha256:
         raise ConfigError(
             f"{summary.prefix}.bin is not the file that its manifest describes (SHA-256 differs): preprocess it again"

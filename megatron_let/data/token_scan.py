@@ -87,16 +87,6 @@ def scan_tokens(tables: IndexTables, searched: Searched, progress: ByteProgress)
     return scan
 
 
-def sha256_of(path: Path, progress: ByteProgress) -> str:
-    """Return a file's SHA-256 in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            digest.update(block)
-            progress.add(len(block))
-    return digest.hexdigest()
-
-
 def _last_tokens(tables: IndexTables) -> Iterator[Any]:
     """Yield the position of each document's last token, documents without tokens left out."""
     before = 0

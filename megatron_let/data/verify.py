@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from megatron_let import __version__
 from megatron_let.data.byte_progress import ByteProgress
+from megatron_let.data.digests import sha256_of
 from megatron_let.data.index_tables import IndexTables, open_tables
 from megatron_let.data.indexed import IndexedSummary, check_indexed
 from megatron_let.data.manifest import Manifest, manifest_path, require_manifest_of, write_manifest
 from megatron_let.data.table_checks import Check, check_tables
-from megatron_let.data.token_scan import Searched, TokenScan, scan_tokens, sha256_of
+from megatron_let.data.token_scan import Searched, TokenScan, scan_tokens
 from megatron_let.data.tokenizers import Tokenizer
 from megatron_let.errors import ConfigError
 
@@ -95,7 +95,7 @@ def add_manifest(prefix: str, tokenizer: Tokenizer, write_line: WriteLine) -> Ma
         )
     manifest = replace(
         _manifest_of(tokenizer, summary, scan),
-        idx_sha256=sha256_of(Path(f"{prefix}.idx"), progress),
+        idx_sha256=sha256_of(f"{prefix}.idx", progress.add),
     )
     write_manifest(prefix, manifest)
     return manifest
@@ -174,7 +174,7 @@ def _check_manifest(manifest: Manifest, summary: IndexedSummary, scan: TokenScan
 def _check_sums(manifest: Manifest, tables: IndexTables, scan: TokenScan, progress: ByteProgress) -> Check:
     if not manifest.bin_sha256 and not manifest.idx_sha256:
         return Check("checksums", note="not looked at: the manifest has none")
-    index_sum = sha256_of(Path(f"{tables.prefix}.idx"), progress)
+    index_sum = sha256_of(f"{tables.prefix}.idx", progress.add)
     for suffix, stated, found in (
         ("bin", manifest.bin_sha256, scan.sha256),
         ("idx", manifest.idx_sha256, index_sum),

@@ -7,6 +7,7 @@ many of these is to wait for ever.
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import subprocess
@@ -15,8 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow
 import pytest
 import zstandard
+from pyarrow import parquet
 
 from megatron_let.data.indexed import check_indexed
 from megatron_let.data.manifest import read_manifest
@@ -36,6 +39,15 @@ class Row:
     error: str = ""
     flags: tuple[str, ...] = ()
     name: str = "input.jsonl"
+    is_piped: bool = False
+    """Comes through standard input."""
+    is_hugging_face: bool = False
+    """Encoded by a Hugging Face tokenizer: texts are texts, not numbers."""
+
+    @property
+    def source(self) -> str:
+        """Return what the examples of what was skipped call it."""
+        return "-" if self.is_piped else f"/{self.name}"
 
 
 def with_line(line: bytes) -> bytes:
@@ -44,6 +56,12 @@ def with_line(line: bytes) -> bytes:
 
 def joined(lines: list[bytes]) -> bytes:
     return b"".join(line + b"\n" for line in lines)
+
+
+def parquet_of(**columns: list[object]) -> bytes:
+    stream = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), stream)
+    return stream.getvalue()
 
 
 WHOLE = joined([*GOOD])
@@ -106,37 +124,114 @@ ROWS = {
     "stop at the first": Row(
         with_line(b"{broken"), error="input.jsonl:51 (byte ", flags=("--on-error", "stop")
     ),
+    # Lines that hold nothing, many and long.
+    "100,000 blank lines": Row(WHOLE + b"\n" * 100_000, skipped={"blank_line": 100_000}),
+    "20 MB of spaces on a line": Row(with_line(b" " * 20_000_000), skipped={"blank_line": 1}),
+    # Two workers.
+    "bad lines for two workers": Row(
+        with_line(b"hello") + b"\n\n" + with_line(b"\xff"),
+        documents=400,
+        skipped={"blank_line": 2, "invalid_json": 1, "invalid_utf8": 1},
+        flags=("--workers", "2"),
+    ),
+    "stop with two workers": Row(
+        with_line(b"{broken"), error="input.jsonl:51 (byte ", flags=("--on-error", "stop", "--workers", "2")
+    ),
+    # Standard input.
+    "bad lines through a pipe": Row(with_line(b"hello"), skipped={"invalid_json": 1}, is_piped=True),
+    "zstd through a pipe": Row(ZSTD, is_piped=True),
+    "truncated gzip through a pipe": Row(gzip.compress(WHOLE)[:-9], error="standard input", is_piped=True),
+    "an empty pipe": Row(b"", error="standard input", is_piped=True),
+    # Parquet.
+    "parquet with nulls and empty texts": Row(
+        parquet_of(text=["1 2", None, "", "3"]),
+        documents=2,
+        skipped={"empty_text": 1, "null_text": 1},
+        name="input.parquet",
+    ),
+    "parquet of numbers": Row(parquet_of(text=[1, 2]), error="no document has text", name="input.parquet"),
+    "parquet of another column": Row(
+        parquet_of(content=["1"]), error='under the key "text"', name="input.parquet"
+    ),
+    "parquet without rows": Row(parquet_of(text=[]), error="is empty", name="input.parquet"),
+    "json lines named parquet": Row(WHOLE, error="is not a parquet file", name="input.parquet"),
+    "half a parquet file": Row(parquet_of(text=["1"])[:-20], error="input.parquet", name="input.parquet"),
+    # Plain text.
+    "a text": Row(b"1 2 3\n", documents=1, name="input.txt"),
+    "lines of text": Row(
+        b"1 2\n\n\xff\nhello\n3",
+        documents=2,
+        skipped={"blank_line": 1, "invalid_utf8": 1, "not_encodable": 1},
+        name="input.txt",
+        flags=("--text-documents", "line"),
+    ),
+    "a text that is not utf-8": Row(b"1 \xff 2", error="no document has text", name="input.txt"),
+    # A Hugging Face tokenizer.
+    "bad records through a pipe to two workers with a tokenizer": Row(
+        joined(
+            [
+                b'{"text": "\\ud800"}',
+                b'{"text": ""}',
+                b'{"text": "\\u0000"}',
+                b'{"text": "<|endoftext|>"}',
+                b"{",
+                *GOOD,
+            ]
+        ),
+        documents=202,
+        skipped={"empty_text": 1, "invalid_json": 1, "lone_surrogate": 1},
+        flags=("--workers", "2"),
+        is_piped=True,
+        is_hugging_face=True,
+    ),
+    "a text of spaces too long to encode": Row(
+        with_line(b'{"text": "' + b" " * 9_000_000 + b'"}'),
+        skipped={"too_long_to_encode": 1},
+        is_hugging_face=True,
+    ),
 }
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the tool; a hang is an error of this call."""
+def run(*arguments: object, piped: bytes | None = None) -> tuple[int, str]:
+    """Run the tool, return its status and stderr; a hang is an error of this call."""
     command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, timeout=LIMIT_SECONDS, capture_output=True, text=True)
+    done = subprocess.run(command, timeout=LIMIT_SECONDS, capture_output=True, input=piped)
+    return done.returncode, done.stderr.decode()
+
+
+def flags_of(row: Row, tokenizer: Path) -> tuple[object, ...]:
+    if row.is_hugging_face:
+        return ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer, *row.flags)
+    return ("--tokenizer-type", "NullTokenizer", "--vocab-size", 1000, *row.flags)
 
 
 @pytest.mark.parametrize("case", list(ROWS))
-def test_a_bad_input_is_counted_or_refused_in_time(tmp_path: Path, case: str) -> None:
+def test_a_bad_input_is_counted_or_refused_in_time(
+    tmp_path: Path, tokenizer_directory: Path, case: str
+) -> None:
     row = ROWS[case]
     (tmp_path / row.name).write_bytes(row.content)
-    flags = ("--tokenizer-type", "NullTokenizer", "--vocab-size", 1000, "--append-eod", *row.flags)
-    result = run("--input", tmp_path / row.name, "--output-prefix", tmp_path / "out", *flags)
+    status, said = run(
+        *("--input", "-" if row.is_piped else tmp_path / row.name),
+        *("--output-prefix", tmp_path / "out", "--append-eod", *flags_of(row, tokenizer_directory)),
+        piped=row.content if row.is_piped else None,
+    )
     if row.error:
-        lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-        assert result.returncode == 2, result.stderr
+        lines = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert status == 2, said
         assert len(lines) == 1
         assert row.error in lines[0]
         assert [path.name for path in tmp_path.iterdir()] == [row.name]
         return
-    assert result.returncode == 0, result.stderr
+    assert status == 0, said
     prefix = str(tmp_path / "out_text_document")
     manifest = read_manifest(prefix)
     assert manifest is not None
     assert (manifest.documents, manifest.skipped) == (row.documents, row.skipped)
     assert manifest.records == manifest.documents + sum(manifest.skipped.values())
     assert check_indexed(prefix).documents == row.documents
-    assert len(manifest.skipped_examples) == sum(row.skipped.values())
-    assert all("input.jsonl:" in example for example in manifest.skipped_examples)
+    assert len(manifest.skipped_examples) == min(10, sum(row.skipped.values()))
+    assert all(f"{row.source}:" in example for example in manifest.skipped_examples)
 
 
 def test_inputs_that_are_no_files_are_refused_in_time(tmp_path: Path) -> None:
@@ -155,7 +250,7 @@ def test_inputs_that_are_no_files_are_refused_in_time(tmp_path: Path) -> None:
         (["a.jsonl", "b.jsonl"], "is the same file as"),
         (["a.jsonl", "c.jsonl"], "have the same content"),
     ):
-        result = run("--input", *(tmp_path / name for name in names), *flags)
-        assert result.returncode == 2
-        assert message in result.stderr
-        assert result.stderr.count("\n") == 1
+        status, said = run("--input", *(tmp_path / name for name in names), *flags)
+        assert status == 2
+        assert message in said
+        assert said.count("\n") == 1

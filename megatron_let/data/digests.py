@@ -1,0 +1,34 @@
+"""SHA-256 of a file, taken while it is read once, in blocks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+_BLOCK_BYTES = 1 << 24
+
+
+def sha256_of(path: str | Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """Return a file's SHA-256 in hex; `on_bytes` is told how many bytes were read each time.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    return sha256_while_reading(path, lambda block: on_bytes(len(block)) if on_bytes else None)
+
+
+def sha256_while_reading(
+    path: str | Path, take: Callable[[bytes], None], block_bytes: int = _BLOCK_BYTES
+) -> str:
+    """Return a file's SHA-256 in hex; `take` receives its content block by block.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while block := stream.read(block_bytes):
+            digest.update(block)
+            take(block)
+    return digest.hexdigest()

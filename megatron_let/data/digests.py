@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 _BLOCK_BYTES = 1 << 24
 
@@ -26,9 +27,16 @@ def sha256_while_reading(
     Raises:
         OSError: the file cannot be read.
     """
-    digest = hashlib.sha256()
     with Path(path).open("rb") as stream:
-        while block := stream.read(block_bytes):
-            digest.update(block)
-            take(block)
+        return sha256_of_stream(stream, take, block_bytes)
+
+
+def sha256_of_stream(
+    stream: BinaryIO, take: Callable[[bytes], None] = lambda block: None, block_bytes: int = _BLOCK_BYTES
+) -> str:
+    """Return the SHA-256 in hex of what a stream still holds; see `sha256_while_reading`."""
+    digest = hashlib.sha256()
+    while block := stream.read(block_bytes):
+        digest.update(block)
+        take(block)
     return digest.hexdigest()

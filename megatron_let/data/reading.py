@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from megatron_let.data.blocks import START, Block, Position
+from megatron_let.data.digests import sha256_of, sha256_of_stream
 from megatron_let.data.encoding import EncodedBlock
 from megatron_let.data.input_rules import STANDARD_INPUT, FoundSource, InputRules
 from megatron_let.data.manifest import SourceFile
 from megatron_let.data.raw_stream import standard_input
 from megatron_let.data.readers import read_blocks
 from megatron_let.errors import ConfigError
-
-_CHUNK_BYTES = 1 << 22
 
 
 @dataclass
@@ -94,7 +91,7 @@ def require_unchanged(state: Mapping[str, Any]) -> None:
     digests = {source["path"]: source["sha256"] for source in state["finished"]}
     for path, size, mtime_ns in state["files"]:
         if path == STANDARD_INPUT:
-            is_same = path not in digests or _digest_of(standard_input()) == digests[path]
+            is_same = path not in digests or sha256_of_stream(standard_input()) == digests[path]
         elif not os.path.exists(path):
             continue
         else:
@@ -107,19 +104,6 @@ def require_unchanged(state: Mapping[str, Any]) -> None:
             is_same = not is_touched or path not in digests or sha256_of(path) == digests[path]
         if not is_same:
             raise _changed(f"input {path} has changed since the stopped run read it")
-
-
-def sha256_of(path: str) -> str:
-    """Return the SHA-256 of a file, hex."""
-    with Path(path).open("rb") as stream:
-        return _digest_of(stream)
-
-
-def _digest_of(stream: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := stream.read(_CHUNK_BYTES):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _changed(what: str) -> ConfigError:

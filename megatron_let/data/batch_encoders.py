@@ -38,6 +38,8 @@ class BatchEncoder(ABC):
 
     is_local: bool
     """What far-away text holds cannot change an id, so a long text may be encoded in pieces (see long_texts.py)."""
+    separator = ""
+    """Where this stands a text may be cut, and this left out; empty if the places have to be tried."""
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
@@ -120,7 +122,8 @@ class SentencePieceEncoder(BatchEncoder):
 class NullEncoder(BatchEncoder):
     """Reads ids written as decimal numbers between single spaces."""
 
-    is_local = False
+    is_local = True
+    separator = " "
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size

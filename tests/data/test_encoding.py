@@ -22,10 +22,10 @@ from megatron_let.data.encoding import (
     EncodingRules,
     Skipped,
     SkippedCounts,
-    SubsetCount,
     encode_block,
 )
 from megatron_let.data.long_texts import encode_texts
+from megatron_let.data.manifest import SubsetCount
 from megatron_let.data.tokenizers import NullTokenizer
 
 RULES = EncodingRules(json_keys=("text",), dtype="uint16", append_eod=True, eod=0)

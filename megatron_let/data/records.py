@@ -45,7 +45,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SIZE_CHUNK = 1 << 20
 _EMPTY_LINES = re.compile(rb"\n+")
 # White space as bytes.strip() has it, and the byte behind it.
-_FIRST_BYTE = re.compile(rb"[ \t\r\n\v\f]*+(.?)", re.DOTALL)
+_FIRST_BYTE = re.compile(rb"[ \t\r\n\v\f]*(.?)", re.DOTALL)
 # What a JSON value may begin with, the standard library's NaN and Infinity included.
 _BEGINS_JSON = b'{["-0123456789tfnNI'
 _BRACE = ord("{")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,8 @@ class BatchEncoder(ABC):
 
     is_local: bool
     """What far-away text holds cannot change an id, so a long text may be encoded in pieces (see long_texts.py)."""
+    separator = ""
+    """Where this stands a text may be cut, and this left out; empty if the places have to be tried."""
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
@@ -93,9 +97,14 @@ class SlowHuggingFaceEncoder(BatchEncoder):
         return join_ids(self.tokenizer.encode(text, add_special_tokens=False) for text in texts)
 
     def definition(self) -> bytes:
-        """See BatchEncoder; what its Python code does beyond the vocabulary is not in it."""
+        """See BatchEncoder: vocabulary, settings and files; not in it is what its Python code does with them."""
         vocabulary = sorted(self.tokenizer.get_vocab().items())
-        return repr((type(self.tokenizer).__qualname__, vocabulary)).encode()
+        settings = [
+            (name, _content_of(value))
+            for name, value in sorted(self.tokenizer.init_kwargs.items())
+            if name != "name_or_path"  # where it lies decides over no id
+        ]
+        return repr((type(self.tokenizer).__qualname__, vocabulary, settings)).encode()
 
 
 class SentencePieceEncoder(BatchEncoder):
@@ -120,7 +129,8 @@ class SentencePieceEncoder(BatchEncoder):
 class NullEncoder(BatchEncoder):
     """Reads ids written as decimal numbers between single spaces."""
 
-    is_local = False
+    is_local = True
+    separator = " "
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -151,6 +161,13 @@ def join_encoded(pieces: Sequence[EncodedTexts]) -> EncodedTexts:
     return EncodedTexts(
         np.concatenate([piece.ids for piece in pieces]), np.concatenate([piece.lengths for piece in pieces])
     )
+
+
+def _content_of(setting: object) -> str:
+    """Return the digest of the file that a setting names, wherever that lies; of another setting what it is."""
+    if isinstance(setting, str) and Path(setting).is_file():
+        return hashlib.sha256(Path(setting).read_bytes()).hexdigest()
+    return repr(setting)
 
 
 def _sentencepiece_processor(model: bytes) -> Any:

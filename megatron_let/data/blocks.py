@@ -51,8 +51,3 @@ class Block:
     is_last: bool
     """The source ends with this block; `end.digest` is then the digest of the whole file."""
     end: Position
-
-    @property
-    def starts_source(self) -> bool:
-        """Return whether the block begins at the source's first byte."""
-        return self.first_byte == 0

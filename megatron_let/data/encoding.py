@@ -12,7 +12,6 @@ from operator import attrgetter
 from megatron_let.data.batch_encoders import BatchEncoder, EncodedTexts, join_encoded
 from megatron_let.data.blocks import Block, Position
 from megatron_let.data.long_texts import TextTooLong, encode_texts
-from megatron_let.data.manifest import SubsetCount
 from megatron_let.data.packing import Document, EncodedPart, PackingRules, pack
 from megatron_let.data.records import (
     HARMLESS,
@@ -32,7 +31,6 @@ __all__ = [
     "EncodingRules",
     "Skipped",
     "SkippedCounts",
-    "SubsetCount",
     "encode_block",
 ]
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_let.data.batch_encoders import BackendEncoder, BatchEncoder, EncodedTexts, SentencePieceEncoder
+from megatron_let.data.hf_directory import first_line
 from megatron_let.data.probes import probe_texts
 from megatron_let.errors import ConfigError, LetError
 from megatron_let.optional import has_gigatoken
@@ -23,8 +24,11 @@ ENCODERS = ("auto", "plain", "fast")
 
 # The reference is some 60 times slower, so this share of the characters costs about 6 % of the time.
 CHECKED_SHARE = 0.001
-# Longer texts are checked in a piece of this many characters.
-_CHECKED_CHARACTERS = 1 << 14
+# Up to this length a text is checked whole, by the very ids that are written; it pays for itself by its length. Long
+# documents come in pieces that are shorter. Beyond it, which takes a megabyte without any place to cut, a piece is
+# encoded again by both: the reference would take hundreds of megabytes.
+_CHECKED_WHOLE_CHARACTERS = 1 << 21
+_CHECKED_PIECE_CHARACTERS = 1 << 14
 # Between the places that are checked, so that they are not always the first ones; a prime, to reach all.
 _STRIDE = 7919
 _SHOWN_CHARACTERS = 60
@@ -97,12 +101,12 @@ class GigatokenEncoder(BatchEncoder):
             self._num_checked += 1
             index = self._num_checked * _STRIDE % len(texts)
             text = texts[index]
-            if len(text) <= _CHECKED_CHARACTERS:
+            if len(text) <= _CHECKED_WHOLE_CHARACTERS:
                 start = int(encoded.lengths[:index].sum())
                 ids = encoded.ids[start : start + int(encoded.lengths[index])].tolist()
             else:
-                start = self._num_checked * _STRIDE % (len(text) - _CHECKED_CHARACTERS)
-                text = text[start : start + _CHECKED_CHARACTERS]
+                start = self._num_checked * _STRIDE % (len(text) - _CHECKED_PIECE_CHARACTERS)
+                text = text[start : start + _CHECKED_PIECE_CHARACTERS]
                 ids = self.encode_unchecked([text]).ids.tolist()
             self._credit -= max(len(text), 1)
             difference = _difference(text, ids, self.reference.encode([text]).ids.tolist())
@@ -158,7 +162,7 @@ def _fast_or_reason(
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in Rust is no Exception
-        return None, f"gigatoken does not take this tokenizer: {_first_line(error)}"
+        return None, f"gigatoken does not take this tokenizer: {first_line(error)}"
     if difference:
         return None, f"gigatoken differs from the tokenizer: {difference}"
     num_characters = sum(map(len, texts_sample))
@@ -208,10 +212,6 @@ def _without_special_tokens(definition: str) -> str:
     content = json.loads(definition)
     content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
     return json.dumps(content)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__).strip()
 
 
 def _resident_bytes() -> int | None:

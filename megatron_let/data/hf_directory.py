@@ -105,6 +105,6 @@ def end_of_document_id_of(tokenizer: Any) -> int | None:
     return None if token_id is None else int(token_id)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of another library's message, which may fill a page."""
     return next(iter(str(error).splitlines()), type(error).__name__).strip()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 import secrets
-import sys
 from bisect import bisect_right
 from collections.abc import Iterable
 from itertools import accumulate
@@ -25,9 +24,8 @@ MAX_VALUES = 4_000_000
 """Values in a long line, counted by what separates them: some 400 MB of objects."""
 _SEPARATORS = (b"{", b"[", b",", b":")
 _QUOTE = re.compile(rb'"')
-# Possessive where Python knows it (3.11): nothing else can match, and no way back is kept for each escape.
-_P = "+" if sys.version_info >= (3, 11) else ""
-_REST_OF_STRING = re.compile(rf'[^"\\]*{_P}(?:\\.[^"\\]*{_P})*{_P}"'.encode(), re.DOTALL)
+# A stretch of a string's inside. Bounded, since the engine's memory grows with every turn of the group.
+_INSIDE_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*){0,1000}', re.DOTALL)
 _IS_KEY = re.compile(rb"[ \t\r\n]*:")
 # Where a JSON string may be cut: before an escape, unless that is the second half of a surrogate pair; else where
 # no escape is near; never inside a character.
@@ -98,12 +96,10 @@ def without_long_strings(
     num_values = position = copied = 0
     while opening := _QUOTE.search(content, position):
         num_values += _num_separators(content[position : opening.start()])
-        closing = _REST_OF_STRING.match(content, opening.end())
         if num_values > MAX_VALUES:
             raise TooComplex(f"more than {MAX_VALUES:,} values")
-        if not closing:
-            raise ValueError("a string without end")
-        start, position = opening.end(), closing.end()
+        start = opening.end()
+        position = _end_of_string(content, start) + 1
         if position - start > LONG_BYTES:
             if _IS_KEY.match(content, position):
                 raise TooComplex("a key of more than a mebibyte")
@@ -138,6 +134,18 @@ def put_back(value: Any, strings: dict[str, LongText]) -> Any:
 def long_text(content: memoryview, errors: str) -> LongText:
     """Return a plain text. Raises UnicodeDecodeError where it is not UTF-8 and `errors` is strict."""
     return LongText(str(piece, "utf-8", errors) for piece in _cut(content, _TEXT_CUT))
+
+
+def _end_of_string(content: memoryview, start: int) -> int:
+    """Return where the quote is that ends the string begun before `start`. Raises ValueError where there is none."""
+    while inside := _INSIDE_STRING.match(content, start):
+        end = inside.end()
+        if end < len(content) and content[end : end + 1] == b'"':
+            return end
+        if end == start:
+            break
+        start = end
+    raise ValueError("a string without end")
 
 
 def _num_separators(content: memoryview) -> int:

@@ -116,6 +116,9 @@ def _encode_in_order(encoder: BatchEncoder, pieces: Iterator[str]) -> EncodedTex
 
 def _find_cut(encoder: BatchEncoder, text: str, target: int, limit: int) -> tuple[int, int] | None:
     """Return where the piece that the text begins with may end, and the next one begin, behind `target`."""
+    if encoder.separator:
+        end = text.find(encoder.separator, target, limit)
+        return None if end < 0 else (end, end + len(encoder.separator))
     for place in _PLACES:
         position, step = target, _FIRST_STEP
         while match := place.search(text, position, min(limit, len(text))):

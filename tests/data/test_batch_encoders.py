@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from megatron_let.data.batch_encoders import (
     EncodedTexts,
     NullEncoder,
     SentencePieceEncoder,
+    SlowHuggingFaceEncoder,
     join_encoded,
     join_ids,
 )
@@ -62,3 +64,19 @@ def test_a_pickled_backend_keeps_how_it_takes_special_tokens(backend: Any) -> No
         travelled = pickle.loads(pickle.dumps(encoder))
         ids = travelled.encode(["<|endoftext|>"]).to_lists()[0]
         assert (ids == [0]) is not as_text
+
+
+def test_a_python_tokenizer_is_told_by_its_vocabulary_settings_and_files(tmp_path: Path) -> None:
+    def definition(vocab: dict[str, int], **settings: Any) -> bytes:
+        tokenizer = SimpleNamespace(get_vocab=lambda: vocab, init_kwargs=settings)
+        return SlowHuggingFaceEncoder(tokenizer).definition()
+
+    merges, copy, other = (tmp_path / name for name in ("merges.txt", "copy.txt", "other.txt"))
+    for path in (merges, copy):
+        path.write_text("a b")
+    other.write_text("b a")
+    usual = definition({"a": 0}, merges_file=str(merges), lower=True, name_or_path="here")
+    assert usual == definition({"a": 0}, lower=True, merges_file=str(copy), name_or_path="there")
+    assert usual != definition({"a": 1}, merges_file=str(merges), lower=True)
+    assert usual != definition({"a": 0}, merges_file=str(other), lower=True)
+    assert usual != definition({"a": 0}, merges_file=str(merges), lower=False)

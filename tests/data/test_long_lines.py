@@ -145,3 +145,11 @@ def test_separators_within_texts_count_for_nothing(monkeypatch: pytest.MonkeyPat
 def test_a_long_key_is_refused() -> None:
     with pytest.raises(TooComplex):
         without_long_strings(memoryview(b'{"' + b"k" * (2 << 20) + b'" : 1}'), replace_invalid_utf8=False)
+
+
+@pytest.mark.parametrize("escape", ["\\\\", '\\"', "\\u65e5", "\\ud83e\\udd16"])
+def test_a_long_text_of_escapes_alone_is_read(escape: str) -> None:
+    content = b'{"text": "' + escape.encode() * 600_000 + b'", "n": 1}'
+    assert outcome(content) == repr({"text": json.loads(f'"{escape}"') * 600_000, "n": 1})
+    for cut in (3, 10, 11, 12):
+        assert outcome(content[:-cut], is_cut=True) == records.TRUNCATED_LAST_LINE

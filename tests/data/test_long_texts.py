@@ -217,8 +217,8 @@ def test_what_would_be_too_much_to_encode_whole_is_refused(encoders: dict[str, B
             encode_texts(encoders["byte_level"], [text], 100, max_whole_characters=600)
     assert same_ids(encoders["byte_level"], words + blob[:400] + words, 100) > 10
     with pytest.raises(TextTooLong, match="depend on the whole text"):
-        encode_texts(NullEncoder(10), ["1 2 3 4"], 1, max_whole_characters=6)
-    assert encode_texts(NullEncoder(10), ["1 2 3 4"], 1, max_whole_characters=7).ids.tolist() == [1, 2, 3, 4]
+        encode_texts(WholeNumbers(10), ["1 2 3 4"], 1, max_whole_characters=6)
+    assert encode_texts(WholeNumbers(10), ["1 2 3 4"], 1, max_whole_characters=7).ids.tolist() == [1, 2, 3, 4]
 
 
 def test_a_unigram_sentencepiece_model_is_encoded_whole(tmp_path: Path) -> None:
@@ -247,12 +247,19 @@ def test_bytes_that_are_no_sentencepiece_model_are_refused(model: bytes) -> None
         is_unigram(model)
 
 
+class WholeNumbers(NullEncoder):
+    """Claims to need all of a text."""
+
+    is_local = False
+
+
 class RecordingEncoder(BatchEncoder):
     """Remembers how much text it was given at once."""
 
     def __init__(self, encoder: BatchEncoder) -> None:
         self.encoder = encoder
         self.is_local = encoder.is_local
+        self.separator = encoder.separator
         self.sizes: list[int] = []
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
@@ -305,4 +312,16 @@ def test_ids_above_16_bits_survive_the_pieces() -> None:
 
 
 def test_an_encoder_that_looks_at_all_of_a_text_gets_it_whole() -> None:
-    assert encode_texts(NullEncoder(10), ["1 2 3 4"], 1).ids.tolist() == [1, 2, 3, 4]
+    assert encode_texts(WholeNumbers(10), ["1 2 3 4"], 1).ids.tolist() == [1, 2, 3, 4]
+
+
+@given(numbers=st.lists(st.integers(0, 99_999), min_size=1, max_size=60), size=st.integers(1, 40))
+@settings(max_examples=50, deadline=None)
+def test_numbers_between_spaces_are_cut_at_spaces(numbers: list[int], size: int) -> None:
+    encoder = RecordingEncoder(NullEncoder(100_000))
+    text = " ".join(map(str, numbers))
+    assert encode_texts(encoder, [text], size, max_whole_characters=2 * size + 7).ids.tolist() == numbers
+    assert max(encoder.sizes) <= 2 * size + 7
+    for wrong in (f"{text} ", f" {text}", f"{text}  {text}"):
+        with pytest.raises(ValueError, match="invalid literal"):
+            encode_texts(encoder, [wrong], size, max_whole_characters=2 * size + 7)

@@ -14,82 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_let.data import records
-from megatron_let.data.batch_encoders import BackendEncoder, BatchEncoder, EncodedTexts, join_ids
-from megatron_let.data.blocks import START, Block, RecordKind
+from megatron_let.data.batch_encoders import BackendEncoder, BatchEncoder, EncodedTexts
+from megatron_let.data.blocks import RecordKind
 from megatron_let.data.encoding import (
-    EncodedBlock,
-    EncodedPart,
     EncodingRules,
     Skipped,
     SkippedCounts,
     encode_block,
 )
 from megatron_let.data.long_texts import encode_texts
-from megatron_let.data.manifest import SubsetCount
 from megatron_let.data.tokenizers import NullTokenizer
-
-RULES = EncodingRules(json_keys=("text",), dtype="uint16", append_eod=True, eod=0)
-
-
-class CharacterEncoder(BatchEncoder):
-    """One id a character; a text of spaces has none; a text with ! is refused."""
-
-    is_local = False
-
-    def encode(self, texts: Sequence[str]) -> EncodedTexts:
-        if any("!" in text for text in texts):
-            raise ValueError("no !")
-        return join_ids([ord(character) for character in text.strip(" ")] for text in texts)
-
-
-def block_of(
-    content: bytes, kind: RecordKind = RecordKind.JSON_LINES, *, record: int = 1, byte: int = 0
-) -> Block:
-    return Block(
-        path="input",
-        kind=kind,
-        first_record=record,
-        first_byte=byte,
-        content=content,
-        too_long=False,
-        is_last=True,
-        end=START,
-    )
-
-
-def encode(
-    content: bytes, rules: EncodingRules = RULES, encoder: BatchEncoder | None = None
-) -> tuple[EncodedPart | None, tuple[Skipped, ...]]:
-    """Encode a file of one block and check its account; return its part, if any, and what was skipped."""
-    block = encode_block(block_of(content), rules, encoder or CharacterEncoder())
-    assert block.num_records == content.count(b"\n") + (content[-1:] != b"\n")
-    check_account(block, rules)
-    assert len(block.parts) <= 1
-    return (block.parts[0] if block.parts else None), block.skipped[rules.json_keys[0]].first
-
-
-def check_account(block: EncodedBlock, rules: EncodingRules) -> None:
-    for key in rules.json_keys:
-        parts = [part for part in block.parts if part.key == key]
-        assert block.num_records == sum(part.num_documents for part in parts) + block.skipped[key].total
-    for part in block.parts:
-        tokens = np.frombuffer(part.tokens, rules.dtype)
-        lengths = np.frombuffer(part.lengths, np.int32)
-        counts = np.frombuffer(part.sequence_counts, np.int32)
-        assert part.num_tokens == len(tokens) == lengths.sum() > 0
-        assert lengths.min() > 0
-        assert counts.min() > 0
-        assert len(lengths) == counts.sum()
-        assert part.max_token_id == tokens.max()
-        total = sum(part.subset_counts.values(), SubsetCount())
-        assert total == SubsetCount(part.num_documents, part.num_tokens, part.text_bytes)
-
-
-def ids_of(part: EncodedPart | None) -> list[int]:
-    assert part is not None
-    ids: list[int] = np.frombuffer(part.tokens, np.uint16).tolist()
-    return ids
-
+from tests.data.encoded import RULES, CharacterEncoder, block_of, check_account, encode, ids_of
 
 GOOD = b'{"text": "ab", "other": 1}\n'
 
@@ -309,39 +244,6 @@ PILE = b"".join(
     for text, name in [("a", "Wiki"), ("bc", "Git"), ("d", "Wiki"), (" ", "Git"), ("\u00e9", "Git")]
 )
 NAMELESS = b'{"text": "e"}\n{"text": "f", "meta": 5}\n{"text": "g", "meta": {"pile_set_name": ["Git"]}}\n'
-
-
-def test_subsets_are_counted_by_name() -> None:
-    part, skipped = encode(PILE + NAMELESS)
-    assert part is not None
-    assert part.subset is None
-    assert ids_of(part) == [97, 0, 98, 99, 0, 100, 0, 233, 0, 101, 0, 102, 0, 103, 0]
-    assert part.subset_counts == {
-        "Wiki": SubsetCount(documents=2, tokens=4, bytes=2),
-        "Git": SubsetCount(documents=2, tokens=5, bytes=4),
-        "": SubsetCount(documents=3, tokens=6, bytes=3),
-    }
-    assert [item.record for item in skipped] == [4]
-
-
-def test_split_by_subset_gives_each_subset_its_documents_in_their_order() -> None:
-    rules = replace(RULES, split_by_subset=True)
-    block = encode_block(block_of(PILE + NAMELESS), rules, CharacterEncoder())
-    check_account(block, rules)
-    assert {part.subset: ids_of(part) for part in block.parts} == {
-        "Wiki": [97, 0, 100, 0],
-        "Git": [98, 99, 0, 233, 0],
-        "": [101, 0, 102, 0, 103, 0],
-    }
-    assert all(set(part.subset_counts) == {part.subset} for part in block.parts)
-    assert [item.record for item in block.skipped["text"].first] == [4]
-
-
-def test_the_path_to_the_subset_is_a_setting() -> None:
-    content = b'{"text": "a", "source": "web"}\n{"text": "a", "source": "\\ud800"}\n'
-    part, _ = encode(content, replace(RULES, subset_key="source"))
-    assert part is not None
-    assert set(part.subset_counts) == {"web", "?"}
 
 
 def test_a_record_that_was_too_long_and_an_empty_end_are_accounted_for() -> None:

@@ -60,7 +60,7 @@ def long_strings(draw: st.DrawFn) -> bytes:
 
 @given(
     content=nearly_json() | long_strings(),
-    size=st.integers(0, 40),
+    size=st.integers(1, 40),
     flags=st.tuples(st.booleans(), st.booleans()),
 )
 @settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -25,15 +25,6 @@ from megatron_let.data.records import (
     utf8_size,
 )
 
-__all__ = [
-    "EncodedBlock",
-    "EncodedPart",
-    "EncodingRules",
-    "Skipped",
-    "SkippedCounts",
-    "encode_block",
-]
-
 _MAX_FIRST = 10
 
 

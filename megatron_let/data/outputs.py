@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let import __version__
-from megatron_let.data.encoding import EncodedBlock, EncodedPart, EncodingRules
+from megatron_let.data.encoding import EncodedBlock, EncodingRules
 from megatron_let.data.indexed_writer import IndexedWriter, WriterState
 from megatron_let.data.manifest import Manifest, SourceFile, SubsetCount, write_manifest
+from megatron_let.data.packing import EncodedPart
 from megatron_let.data.records import HARMLESS
 from megatron_let.data.subsets import MAX_SUBSETS, pair_name
 from megatron_let.data.tokenizers import Tokenizer

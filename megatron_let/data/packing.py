@@ -19,6 +19,7 @@ from megatron_let.data.manifest import SubsetCount
 
 _IntArray = npt.NDArray[np.int64]
 _Ids = npt.NDArray[np.integer[Any]]
+_COUNTED_AT_ONCE = 1 << 22
 
 
 class Document(NamedTuple):
@@ -111,7 +112,7 @@ def pack(
         num_tokens=int(lengths.sum()),
         max_token_id=max_token_id,
         text_bytes=sum(document.num_bytes for document in kept),
-        eod_in_text=int(np.count_nonzero(encoded.ids == rules.eod)),
+        eod_in_text=_count(encoded.ids, rules.eod),
         subset_counts=_subset_counts(kept, tokens_of_each.tolist()),
     )
     return part, empty
@@ -138,6 +139,12 @@ def _cast(values: _Ids, dtype: str) -> _Ids:
     if values.dtype.itemsize == np.dtype(dtype).itemsize:
         return values.view(dtype)
     return values.astype(dtype)
+
+
+def _count(ids: _Ids, wanted: int) -> int:
+    """Return how often an id occurs, without a mask of the whole."""
+    starts = range(0, len(ids), _COUNTED_AT_ONCE)
+    return sum(int(np.count_nonzero(ids[first : first + _COUNTED_AT_ONCE] == wanted)) for first in starts)
 
 
 def _with_eod(tokens: _Ids, ends: _IntArray, eod: int) -> bytes:

@@ -118,7 +118,7 @@ def records_of(block: Block, *, text_key: str, replace_invalid_utf8: bool = Fals
             continue
         try:
             if is_json:
-                values = parse_line(line, replace_invalid_utf8=replace_invalid_utf8)
+                values = _parse_object(line, replace_invalid_utf8)
             else:
                 values = {text_key: _text_of(line, block.kind, replace_invalid_utf8)}
             yield Record(line.number, line.byte, values, "")
@@ -154,6 +154,10 @@ def parse_line(line: Line, *, replace_invalid_utf8: bool = False) -> dict[str, A
     """
     if reason := _reason_at_first_sight(line, replace_invalid_utf8):
         raise RejectedRecord(reason)
+    return _parse_object(line, replace_invalid_utf8)
+
+
+def _parse_object(line: Line, replace_invalid_utf8: bool) -> dict[str, Any]:
     content = _without_mark(line)
     parse = _parse_long if len(content) > LONG_BYTES else _parse
     record = parse(content, line.is_cut, replace_invalid_utf8)

@@ -288,4 +288,10 @@ def _notes(sides: Sequence[Side]) -> list[str]:
     if alone is not None and ("ours, plain", 2) in median:
         two = (alone - start_up) / (median["ours, plain", 2] - start_up)
         notes.append(f"Plain encoder, two workers over one, start-up taken off: {two:.2f}.")
+    peer, fast = median.get(("Megatron-LM's tool", 1)), median.get(("ours, fast", 1))
+    if peer is not None and fast is not None:
+        times = (peer - median["Megatron-LM's start-up: ten documents", 1]) / (fast - start_up)
+        notes.append(
+            f"Fast encoder over Megatron-LM's tool, one worker each, start-up taken off both: {times:.1f}."
+        )
     return notes

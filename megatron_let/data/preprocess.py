@@ -160,7 +160,8 @@ class _Run:
             reading.total_bytes, settings.log_interval, self._write_line, read_before=reading.disk_bytes
         )
         committed = time.monotonic()
-        items = chain([first] if first else [], blocks)
+        items = chain(iter([first] if first else []), blocks)
+        del first  # it may be a document of 128 MiB
         for block in map_in_order(encode, items, settings.workers, size_of=_size_of):
             with self._writing():
                 outputs.add(block, policy)

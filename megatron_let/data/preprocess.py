@@ -219,7 +219,7 @@ def _sample_of(block: Block, rules: EncodingRules) -> list[str]:
     for record in records_of(block, text_key=rules.json_keys[0]):
         for key in rules.json_keys:
             with suppress(RejectedRecord):
-                texts = [text[:left] for text in record.take_texts(key)]
+                texts = [text[:left] for text in record.take_long_texts(key)]
                 utf8_size(texts)
                 found += texts
                 left -= sum(map(len, texts))

@@ -188,4 +188,5 @@ def _work(items: Connection, answers: Connection, function: Callable[[Any], Any]
                 answer = ("", function(item))
             except Exception as error:
                 answer = (_failed(error), None)
+            del item  # the answer is copied on its way: a huge item must not be held beside both
             answers.send(answer)

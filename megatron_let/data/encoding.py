@@ -12,6 +12,7 @@ from operator import attrgetter
 from megatron_let.data.batch_encoders import BatchEncoder, EncodedTexts, join_encoded
 from megatron_let.data.blocks import Block, Position
 from megatron_let.data.long_texts import TextTooLong, encode_texts
+from megatron_let.data.manifest import MAX_SKIPPED_EXAMPLES
 from megatron_let.data.packing import Document, EncodedPart, PackingRules, pack
 from megatron_let.data.records import (
     HARMLESS,
@@ -24,8 +25,6 @@ from megatron_let.data.records import (
     subset_of,
     utf8_size,
 )
-
-_MAX_FIRST = 10
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class SkippedCounts:
 
     by_reason: Mapping[str, int]
     first: tuple[Skipped, ...]
-    """At most ten: the first errors, then the first harmless ones, each kind in the records' order."""
+    """At most as many as a manifest names: the first errors, then the first harmless ones, each kind in the records' order."""
 
     @property
     def total(self) -> int:
@@ -83,10 +82,10 @@ class _SkippedTally:
         """Count `count` records of one byte each, or one of any size."""
         self.by_reason[reason] += count
         first = self.harmless if reason in HARMLESS else self.errors
-        if len(first) < _MAX_FIRST or record < first[-1][0]:
-            for index in range(min(count, _MAX_FIRST)):
+        if len(first) < MAX_SKIPPED_EXAMPLES or record < first[-1][0]:
+            for index in range(min(count, MAX_SKIPPED_EXAMPLES)):
                 insort(first, (record + index, byte + index, reason))
-            del first[_MAX_FIRST:]
+            del first[MAX_SKIPPED_EXAMPLES:]
 
     def copy(self) -> _SkippedTally:
         """Return one that goes on by itself."""
@@ -94,7 +93,7 @@ class _SkippedTally:
 
     def counts(self) -> SkippedCounts:
         """Return what travels to the writing process."""
-        first = [*self.errors, *self.harmless][:_MAX_FIRST]
+        first = [*self.errors, *self.harmless][:MAX_SKIPPED_EXAMPLES]
         return SkippedCounts(dict(self.by_reason), tuple(Skipped(*item) for item in first))
 
 

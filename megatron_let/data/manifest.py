@@ -13,6 +13,8 @@ from megatron_let.data.indexed import IndexedSummary
 from megatron_let.errors import ConfigError
 
 MANIFEST_VERSION = 1
+MAX_SKIPPED_EXAMPLES = 10
+"""How many skipped records a manifest names."""
 
 _NUMBERS = (
     *("vocab_size", "eod", "max_token_id", "documents", "sequences", "tokens", "bytes"),

@@ -17,6 +17,7 @@ from megatron_let.data.indexed import IndexedSummary, check_indexed
 from megatron_let.data.indexed_writer import IndexedWriter, install_pair
 from megatron_let.data.journal import WorkingDirectory
 from megatron_let.data.manifest import (
+    MAX_SKIPPED_EXAMPLES,
     Manifest,
     SubsetCount,
     read_manifest,
@@ -26,7 +27,6 @@ from megatron_let.data.manifest import (
 from megatron_let.errors import ConfigError, LetError
 
 _CHUNK_BYTES = 1 << 24
-_MAX_EXAMPLES = 10
 
 
 def find_pairs(inputs: Sequence[str]) -> list[str]:
@@ -218,7 +218,7 @@ def _merged_manifest(manifests: Sequence[Manifest], digests: tuple[str, str]) ->
         max_token_id=max(manifest.max_token_id for manifest in manifests),
         sources=tuple(sources.values()),
         skipped=dict(sorted(skipped.items())),
-        skipped_examples=tuple(examples[:_MAX_EXAMPLES]),
+        skipped_examples=tuple(examples[:MAX_SKIPPED_EXAMPLES]),
         subset=names.pop() if len(names) == 1 else None,
         subsets=dict(sorted(subsets.items())),
         bin_sha256=digests[0],

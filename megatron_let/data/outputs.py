@@ -12,7 +12,7 @@ from typing import Any
 from megatron_let import __version__
 from megatron_let.data.encoding import EncodedBlock, EncodingRules
 from megatron_let.data.indexed_writer import IndexedWriter, WriterState
-from megatron_let.data.manifest import Manifest, SourceFile, SubsetCount, write_manifest
+from megatron_let.data.manifest import MAX_SKIPPED_EXAMPLES, Manifest, SourceFile, SubsetCount, write_manifest
 from megatron_let.data.packing import EncodedPart
 from megatron_let.data.records import HARMLESS
 from megatron_let.data.subsets import MAX_SUBSETS, pair_name
@@ -21,7 +21,6 @@ from megatron_let.errors import ConfigError
 
 # A share of fewer records says little.
 _RECORDS_TO_JUDGE = 10_000
-_MAX_EXAMPLES = 10
 # Of nearly every file system.
 _LONGEST_FILE_NAME = 255
 # Names beyond these are counted together: a wrong --subset-key may name every record differently.
@@ -63,7 +62,7 @@ class Account:
             if item.reason not in HARMLESS and policy.stop_at_first:
                 raise ConfigError(f"{example}; --on-error skip counts such records and goes on")
             examples = self.harmless if item.reason in HARMLESS else self.errors
-            if len(examples) < _MAX_EXAMPLES:
+            if len(examples) < MAX_SKIPPED_EXAMPLES:
                 examples.append(example)
         self.records += block.num_records
         self.documents += block.num_records - skipped.total
@@ -73,7 +72,7 @@ class Account:
     @property
     def examples(self) -> list[str]:
         """The first skipped records, those that are errors before all others."""
-        return [*self.errors, *self.harmless][:_MAX_EXAMPLES]
+        return [*self.errors, *self.harmless][:MAX_SKIPPED_EXAMPLES]
 
     def state(self) -> dict[str, Any]:
         """Return the account in JSON values."""

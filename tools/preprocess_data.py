@@ -21,10 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_let.data.batch_encoders import BatchEncoder, SentencePieceEncoder
 from megatron_let.data.fast_encoder import ENCODERS
 from megatron_let.data.foreign_flags import add_foreign_flags
 from megatron_let.data.input_rules import INPUT_FORMATS, TEXT_DOCUMENTS
-from megatron_let.data.long_texts import MAX_WHOLE_CHARACTERS
 from megatron_let.data.preprocess import PreprocessSettings, describe, preprocess
 from megatron_let.data.program import Interrupted, ProgramParser, run_program, say, utf8_name
 from megatron_let.data.records import TOO_LONG_TO_ENCODE
@@ -97,7 +97,8 @@ def _add_record_flags(records: argparse._ArgumentGroup) -> None:
         metavar="BYTES",
         help="longest record, as it stands in the file (default 128 MiB); a longer one is skipped and counted. Long "
         "texts are encoded in pieces; where the tokenizer cannot be shown to cut, one of more than "
-        f"{MAX_WHOLE_CHARACTERS >> 20} Mi characters is skipped too (reason {TOO_LONG_TO_ENCODE})",
+        f"{BatchEncoder.max_whole_bytes >> 20} MiB ({SentencePieceEncoder.max_whole_bytes >> 20} MiB with SentencePiece) is "
+        f"skipped too (reason {TOO_LONG_TO_ENCODE})",
     )
     records.add_argument(
         "--invalid-utf8",

@@ -42,6 +42,9 @@ class BatchEncoder(ABC):
     """What far-away text holds cannot change an id, so a long text may be encoded in pieces (see long_texts.py)."""
     separator = ""
     """Where this stands a text may be cut, and this left out; empty if the places have to be tried."""
+    max_whole_bytes = 1 << 21
+    """Longest text, in UTF-8, that is encoded whole where it cannot be cut: half a gigabyte in `tokenizers`, which keeps more
+    than 200 bytes for each byte that is a token."""
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
@@ -109,6 +112,8 @@ class SlowHuggingFaceEncoder(BatchEncoder):
 
 class SentencePieceEncoder(BatchEncoder):
     """Encodes with a SentencePiece model given as bytes; the processor is made again after unpickling."""
+
+    max_whole_bytes = 1 << 23
 
     def __init__(self, model: bytes) -> None:
         self.model = model

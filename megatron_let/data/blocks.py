@@ -34,7 +34,7 @@ class Position:
 START = Position(records=0, content_bytes=0, disk_bytes=0, digest="")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Block:
     """Whole records of one source, in order."""
 
@@ -45,7 +45,8 @@ class Block:
     first_byte: int
     """Where `content` begins in the source's content."""
     content: bytes
-    """Empty when the block carries only a record that was too long, or only the end of the source."""
+    """Empty when the block carries only a record that was too long, or only the end of the source, and once it is
+    encoded."""
     too_long: bool
     """The block stands for one record above the limit, which was read past and not kept."""
     is_last: bool

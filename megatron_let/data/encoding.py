@@ -113,12 +113,13 @@ class EncodedBlock:
 
 
 def encode_block(block: Block, rules: EncodingRules, encoder: BatchEncoder) -> EncodedBlock:
-    """Encode every record of a block under every key.
+    """Encode every record of a block under every key. The block's content is let go on the way: it may be huge.
 
     Raises:
         OverflowError: the encoder gave an id that the rules' type does not hold.
     """
     path = tuple(rules.subset_key.split("."))
+    num_bytes = len(block.content)
     records: list[Record] = []
     subsets: list[str] = []
     unusable = _SkippedTally()
@@ -130,6 +131,7 @@ def encode_block(block: Block, rules: EncodingRules, encoder: BatchEncoder) -> E
         else:
             records.append(record)
             subsets.append(subset_of(record.values, path))
+    block.content = b""  # the texts are copies of it
     num_records = len(records) + unusable.by_reason.total()
     parts: list[EncodedPart] = []
     skipped: dict[str, SkippedCounts] = {}
@@ -142,7 +144,7 @@ def encode_block(block: Block, rules: EncodingRules, encoder: BatchEncoder) -> E
         parts += key_parts
     return EncodedBlock(
         path=block.path,
-        num_bytes=len(block.content),
+        num_bytes=num_bytes,
         num_records=num_records,
         is_last=block.is_last,
         end=block.end,

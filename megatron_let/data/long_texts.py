@@ -4,8 +4,8 @@ A text is cut only where the tokenizer itself shows that the cut makes no differ
 the text around the cut as for its two halves, from several starting points. That suffices for a tokenizer whose
 choice at one place depends on a limited stretch of text (`BatchEncoder.is_local`): all BPE that splits text into
 words, or whose vocabulary has no long repeating pattern across them. Added tokens are never cut, since the halves
-of one have other ids. A stretch without any safe cut is encoded whole up to a limit; beyond it the text is refused,
-since the memory it takes has no bound.
+of one have other ids. A stretch without any safe cut is encoded whole up to `BatchEncoder.max_whole_bytes`; beyond it
+the text is refused, since the memory it takes has no bound.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ import numpy as np
 from megatron_let.data.batch_encoders import BatchEncoder, EncodedTexts, join_encoded
 from megatron_let.data.long_lines import Text
 
-PIECE_CHARACTERS = 1 << 20
-"""Where a piece may end; texts of up to twice as many are not cut."""
-MAX_WHOLE_CHARACTERS = 1 << 23
-"""Longest stretch that is encoded whole where there is no safe cut: some 500 MB of the tokenizer's memory."""
+PIECE_CHARACTERS = 1 << 18
+"""Where a piece may end; texts of up to twice as many are not cut: at most 300 MB of the tokenizer's memory."""
 # Texts of one call: whatever their length, each takes hundreds of bytes in the tokenizer.
 _MAX_TEXTS = 1 << 14
 # Before a space that follows a word and precedes another; else, for text without spaces and tokenizers that drop
-# or add one, before a line's end or a punctuation mark. A run of white space stays in one piece.
-_PLACES = (re.compile(r"\w(?= \w)"), re.compile(r"\w(?=\n)"), re.compile(r"\w(?=[^\w\s])"))
+# or add one, before a line's end or a punctuation mark; at last anywhere. A run of white space stays in one piece.
+_PLACES = tuple(map(re.compile, (r"\w(?= \w)", r"\w(?=\n)", r"\w(?=[^\w\s])", r"\S(?=\S)")))
 # Characters on either side of a cut that the tokenizer is asked about. Different lengths: tokens that repeat in a
 # rhythm would fall on a cut from one starting point and not from the others.
 _CONTEXTS = (2000, 1499, 997)
@@ -39,34 +37,23 @@ class TextTooLong(ValueError):
 
 
 def encode_texts(
-    encoder: BatchEncoder,
-    texts: Sequence[Text],
-    piece_characters: int = PIECE_CHARACTERS,
-    max_whole_characters: int = MAX_WHOLE_CHARACTERS,
+    encoder: BatchEncoder, texts: Sequence[Text], piece_characters: int = PIECE_CHARACTERS
 ) -> EncodedTexts:
     """Return what `encoder.encode(texts)` does, within bounded memory.
 
     Raises:
-        TextTooLong: more than `max_whole_characters` would have to be encoded whole.
+        TextTooLong: more than `encoder.max_whole_bytes` would have to be encoded whole.
     """
     results: list[EncodedTexts] = []
     for batch in _batches(texts, 2 * piece_characters):
-        if len(batch) == 1 and len(batch[0]) > 2 * piece_characters and encoder.is_local:
-            pieces = pieces_of(encoder, batch[0], piece_characters, max_whole_characters)
-            results.append(_encode_in_order(encoder, pieces))
-        elif len(batch) == 1 and len(batch[0]) > max_whole_characters:
-            raise TextTooLong("the tokenizer's choices depend on the whole text")
+        if len(batch) == 1 and len(batch[0]) > 2 * piece_characters:
+            results.append(_encode_in_order(encoder, pieces_of(encoder, batch[0], piece_characters)))
         else:
             results.append(encoder.encode([str(text) for text in batch]))
     return results[0] if len(results) == 1 else join_encoded(results)
 
 
-def pieces_of(
-    encoder: BatchEncoder,
-    text: Text,
-    piece_characters: int,
-    max_whole_characters: int = MAX_WHOLE_CHARACTERS,
-) -> Iterator[str]:
+def pieces_of(encoder: BatchEncoder, text: Text, piece_characters: int) -> Iterator[str]:
     """Yield pieces of the text whose ids, put together, are the ids of the text.
 
     Raises:
@@ -74,13 +61,13 @@ def pieces_of(
     """
     start = 0
     while (left := len(text) - start) > 2 * piece_characters:
-        cut = None
-        for limit in (2 * piece_characters, max_whole_characters):
-            window = text[start : start + limit + max(_CONTEXTS) + 1]
-            if cut := _find_cut(encoder, window, piece_characters, limit):
-                break
-        if cut is None and left > max_whole_characters:
-            raise TextTooLong(f"no safe cut in {max_whole_characters:,} characters")
+        limit = 2 * piece_characters
+        window, cut = _find_cut(encoder, text, start, piece_characters, limit)
+        if cut is None:
+            limit = _characters_within(text, start, encoder.max_whole_bytes)
+            window, cut = _find_cut(encoder, text, start, piece_characters, limit)
+        if cut is None and left > limit:
+            raise TextTooLong(f"no safe cut in {encoder.max_whole_bytes:,} bytes")
         if cut is None:
             break
         yield window[: cut[0]]
@@ -114,22 +101,32 @@ def _encode_in_order(encoder: BatchEncoder, pieces: Iterator[str]) -> EncodedTex
     return EncodedTexts(np.asarray(ids), np.array([len(ids)], dtype=np.int64))
 
 
-def _find_cut(encoder: BatchEncoder, text: str, target: int, limit: int) -> tuple[int, int] | None:
-    """Return where the piece that the text begins with may end, and the next one begin, behind `target`."""
+def _characters_within(text: Text, start: int, num_bytes: int) -> int:
+    """Return how many characters from `start` on fit into so many bytes of UTF-8."""
+    most = text[start : start + num_bytes]
+    return len(most.encode("utf-8")[:num_bytes].decode("utf-8", "ignore"))
+
+
+def _find_cut(
+    encoder: BatchEncoder, text: Text, start: int, target: int, limit: int
+) -> tuple[str, tuple[int, int] | None]:
+    """Return the text from `start` on, and where in it a piece may end and the next one begin, behind `target`."""
+    window = text[start : start + limit + max(_CONTEXTS) + 1]
+    if not encoder.is_local:
+        return window, None
     if encoder.separator:
-        end = text.find(encoder.separator, target, limit)
-        return None if end < 0 else (end, end + len(encoder.separator))
+        end = window.find(encoder.separator, target, limit)
+        return window, None if end < 0 else (end, end + len(encoder.separator))
     for place in _PLACES:
         position, step = target, _FIRST_STEP
-        while match := place.search(text, position, min(limit, len(text))):
+        while match := place.search(window, position, min(limit, len(window))):
             end = match.end()
             # Without the space: a tokenizer that puts one in front of every text would make it two.
-            starts = (end, end + 1) if text[end] == " " else (end,)
-            for start in starts:
-                if _is_safe(encoder, text, end=end, start=start):
-                    return end, start
+            for next_start in (end, end + 1) if window[end] == " " else (end,):
+                if _is_safe(encoder, window, end=end, start=next_start):
+                    return window, (end, next_start)
             position, step = end + step, step + step // 2  # a stretch without a safe cut is soon behind
-    return None
+    return window, None
 
 
 def _is_safe(encoder: BatchEncoder, text: str, *, end: int, start: int) -> bool:

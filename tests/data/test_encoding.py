@@ -106,6 +106,13 @@ def test_at_most_ten_skipped_records_travel_whatever_their_number() -> None:
     assert [item.record for item in mixed.first] == list(range(1, 11))
 
 
+def test_a_block_is_emptied_once_its_texts_are_copied() -> None:
+    block = block_of(GOOD)
+    encoded = encode_block(block, RULES, CharacterEncoder())
+    assert block.content == b""
+    assert encoded.num_bytes == len(GOOD)
+
+
 def test_lines_without_documents_cost_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise AssertionError("a parser raises, which takes long")
@@ -213,8 +220,9 @@ def test_a_text_too_long_to_be_encoded_is_skipped_by_that_name_and_the_others_ke
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def encode_short(encoder: BatchEncoder, texts: Sequence[str]) -> EncodedTexts:
-        return encode_texts(encoder, texts, 1, max_whole_characters=4)
+        return encode_texts(encoder, texts, 1)
 
+    monkeypatch.setattr(CharacterEncoder, "max_whole_bytes", 4)
     monkeypatch.setattr("megatron_let.data.encoding.encode_texts", encode_short)
     content = b'{"text": "ab"}\n{"text": "abcdefg"}\n{"text": "!"}\n{"text": "c"}\n'
     part, skipped = encode(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 import tracemalloc
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -198,10 +199,19 @@ def test_text_without_spaces_is_cut_at_line_ends(encoders: dict[str, BatchEncode
     assert same_ids(encoders["byte_level"], text, 100) > 10
 
 
+def test_text_without_white_space_and_marks_is_cut_between_characters(
+    encoders: dict[str, BatchEncoder],
+) -> None:
+    hexadecimal = random.Random(1).randbytes(20_000).hex()
+    for text in (hexadecimal, "\u65e5\u672c\u8a9e\u306e" * 5000, "\U0001f916\U0001f600" * 10_000):
+        for name in ("byte_level", "llama3", "sentencepiece_neither"):
+            assert same_ids(encoders[name], text, 3000) > 4
+
+
 def test_a_stretch_without_a_safe_cut_is_one_piece_and_the_rest_is_cut_again(
     encoders: dict[str, BatchEncoder],
 ) -> None:
-    blob = bytes(range(256)).hex() * 10
+    blob = " " * 5000
     words = "the quick brown fox " * 50
     pieces = list(pieces_of(encoders["byte_level"], f"{words}{blob} {words}", 100))
     assert len(pieces) > 8
@@ -210,15 +220,21 @@ def test_a_stretch_without_a_safe_cut_is_one_piece_and_the_rest_is_cut_again(
 
 
 def test_what_would_be_too_much_to_encode_whole_is_refused(encoders: dict[str, BatchEncoder]) -> None:
-    blob = bytes(range(256)).hex() * 10
+    blob = " " * 5000
     words = "the quick brown fox " * 50
-    for text in (blob, words + blob, f"{words}{blob} {words}"):
-        with pytest.raises(TextTooLong, match="no safe cut in 600 characters"):
-            encode_texts(encoders["byte_level"], [text], 100, max_whole_characters=600)
-    assert same_ids(encoders["byte_level"], words + blob[:400] + words, 100) > 10
-    with pytest.raises(TextTooLong, match="depend on the whole text"):
-        encode_texts(WholeNumbers(10), ["1 2 3 4"], 1, max_whole_characters=6)
-    assert encode_texts(WholeNumbers(10), ["1 2 3 4"], 1, max_whole_characters=7).ids.tolist() == [1, 2, 3, 4]
+    encoder = RecordingEncoder(encoders["byte_level"])
+    encoder.max_whole_bytes = 600
+    for text in (blob, words + blob, f"{words}{blob} {words}", " " * 601, "\u3000" * 201):
+        with pytest.raises(TextTooLong, match="no safe cut in 600 bytes"):
+            encode_texts(encoder, [text], 100)
+    for text in (words + blob[:400] + words, " " * 600, "\u3000" * 200):  # three bytes a character
+        assert encode_texts(encoder, [text], 99).to_lists() == encoder.encode([text]).to_lists()
+    numbers = WholeNumbers(10)
+    numbers.max_whole_bytes = 6
+    with pytest.raises(TextTooLong, match="no safe cut in 6 bytes"):
+        encode_texts(numbers, ["1 2 3 4"], 1)
+    numbers.max_whole_bytes = 7
+    assert encode_texts(numbers, ["1 2 3 4"], 1).ids.tolist() == [1, 2, 3, 4]
 
 
 def test_a_unigram_sentencepiece_model_is_encoded_whole(tmp_path: Path) -> None:
@@ -320,8 +336,9 @@ def test_an_encoder_that_looks_at_all_of_a_text_gets_it_whole() -> None:
 def test_numbers_between_spaces_are_cut_at_spaces(numbers: list[int], size: int) -> None:
     encoder = RecordingEncoder(NullEncoder(100_000))
     text = " ".join(map(str, numbers))
-    assert encode_texts(encoder, [text], size, max_whole_characters=2 * size + 7).ids.tolist() == numbers
+    encoder.max_whole_bytes = 2 * size + 7
+    assert encode_texts(encoder, [text], size).ids.tolist() == numbers
     assert max(encoder.sizes) <= 2 * size + 7
     for wrong in (f"{text} ", f" {text}", f"{text}  {text}"):
         with pytest.raises(ValueError, match="invalid literal"):
-            encode_texts(encoder, [wrong], size, max_whole_characters=2 * size + 7)
+            encode_texts(encoder, [wrong], size)

@@ -11,13 +11,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron_let.data.manifest import read_manifest
+from megatron_let.data.manifest import Manifest, read_manifest
 from megatron_let.testing.peak_memory import measured, peak_of
 from tests.data.conftest import write_tokenizer_directory
-
-pytest.importorskip(
-    "gigatoken", reason="two hundred megabytes take a minute with the tokenizer's own library"
-)
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 # Half of the 1 GiB that is promised, and half of what is read. It is made up of libraries (170 MB), the words that
@@ -48,23 +44,46 @@ def write_input(path: Path) -> int:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_memory_does_not_grow_with_the_input(backend: object, tmp_path: Path, workers: int) -> None:
-    tokenizer = tmp_path / "tokenizer"
+    pytest.importorskip(
+        "gigatoken", reason="two hundred megabytes take a minute with the tokenizer's own library"
+    )
+    documents = write_input(tmp_path / "input.jsonl.zst")
+    peak, manifest = preprocess(
+        backend, tmp_path / "input.jsonl.zst", "--encoder", "fast", "--workers", workers
+    )
+    assert (manifest.documents, manifest.skipped) == (documents, {"too_long": 1})
+    assert peak / 1e6 < LIMIT_MEGABYTES
+
+
+def test_a_long_document_with_a_token_a_character_takes_a_piece_at_a_time(
+    backend: object, tmp_path: Path
+) -> None:
+    digits = random.Random(1).randbytes(2_000_000).hex()
+    (tmp_path / "input.jsonl").write_text(json.dumps({"text": digits}) + "\n")
+    peak, manifest = preprocess(backend, tmp_path / "input.jsonl", "--encoder", "plain")
+    assert manifest.tokens > 2_000_000
+    # Libraries and half a mebibyte in the tokenizer take 183 MB; all 4 MB at once in it would take 1,000.
+    assert peak / 1e6 < 300
+
+
+def preprocess(backend: object, source: Path, *flags: object) -> tuple[int, Manifest]:
+    """Run the tool; return the peak of the largest of its processes, in bytes, and the manifest."""
+    tokenizer = source.parent / "tokenizer"
     tokenizer.mkdir()
     write_tokenizer_directory(tokenizer, backend)
-    documents = write_input(tmp_path / "input.jsonl.zst")
     command = [
         sys.executable,
         str(TOOL),
         "--input",
-        str(tmp_path / "input.jsonl.zst"),
-        "--workers",
-        str(workers),
+        str(source),
+        "--output-prefix",
+        str(source.parent / "out"),
     ]
-    command += ["--output-prefix", str(tmp_path / "out"), "--encoder", "fast"]
     command += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)]
-    result = subprocess.run(measured(command), capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        measured([*command, *map(str, flags)]), capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr
-    manifest = read_manifest(str(tmp_path / "out_text_document"))
+    manifest = read_manifest(str(source.parent / "out_text_document"))
     assert manifest is not None
-    assert (manifest.documents, manifest.skipped) == (documents, {"too_long": 1})
-    assert peak_of(result.stdout) / 1e6 < LIMIT_MEGABYTES  # the largest of the program and its workers
+    return peak_of(result.stdout), manifest

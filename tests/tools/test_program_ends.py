@@ -66,7 +66,10 @@ def test_help_tells_of_texts_too_long_to_encode(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         run("preprocess_data", "--help")
     shown = " ".join(capsys.readouterr().out.split())
-    assert "one of more than 8 Mi characters is skipped too (reason too_long_to_encode)" in shown
+    assert (
+        "one of more than 2 MiB (8 MiB with SentencePiece) is skipped too (reason too_long_to_encode)"
+        in shown
+    )
 
 
 @pytest.mark.parametrize("words", [(), ("--verify",), ("--help",)])

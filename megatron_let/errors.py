@@ -1,6 +1,7 @@
 """Errors with an exit status: what a launcher or a requeue script can act on.
 
-Exit codes of a run: 0 done, 1 crash, 2 bad configuration or input, 3 stopped early with everything saved.
+Exit codes of a run: 0 done, 1 crash, 2 bad configuration or input, 3 stopped early with everything saved, 4 bad numbers
+(NaN or infinity again and again, or out of the teacher): starting it again would meet them again.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ EXIT_DONE = 0
 EXIT_CRASH = 1
 EXIT_BAD_CONFIGURATION = 2
 EXIT_PREEMPTED = 3
+EXIT_BAD_NUMBERS = 4
 
 
 class LetError(Exception):
@@ -21,3 +23,9 @@ class ConfigError(LetError):
     """The user's mistake: one line that says what was given, what is allowed and what to do."""
 
     exit_code = EXIT_BAD_CONFIGURATION
+
+
+class BadNumbersError(LetError):
+    """The numbers went bad, not the program: the line says which number, where, and what to do."""
+
+    exit_code = EXIT_BAD_NUMBERS

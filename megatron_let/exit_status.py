@@ -15,7 +15,13 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from megatron_let.errors import EXIT_BAD_CONFIGURATION, EXIT_CRASH, EXIT_DONE, EXIT_PREEMPTED
+from megatron_let.errors import (
+    EXIT_BAD_CONFIGURATION,
+    EXIT_BAD_NUMBERS,
+    EXIT_CRASH,
+    EXIT_DONE,
+    EXIT_PREEMPTED,
+)
 
 EXIT_STATUS_FILE = "exit_status.json"
 # The launcher's directory for what its workers tell it; set for them, so its presence means "started by us".
@@ -44,6 +50,7 @@ def reason_of(exit_code: int) -> str:
         EXIT_CRASH: "crash",
         EXIT_BAD_CONFIGURATION: "bad configuration",
         EXIT_PREEMPTED: "preempted",
+        EXIT_BAD_NUMBERS: "bad numbers",
     }
     if exit_code in reasons:
         return reasons[exit_code]

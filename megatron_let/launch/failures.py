@@ -6,11 +6,11 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_let.errors import EXIT_BAD_CONFIGURATION, EXIT_PREEMPTED
+from megatron_let.errors import EXIT_BAD_CONFIGURATION, EXIT_BAD_NUMBERS, EXIT_PREEMPTED
 from megatron_let.exit_status import FailureRecord, signal_name
 
 # Codes with a meaning of their own: a worker that ends with one has said why.
-DOCUMENTED_CODES = (EXIT_BAD_CONFIGURATION, EXIT_PREEMPTED)
+DOCUMENTED_CODES = (EXIT_BAD_CONFIGURATION, EXIT_PREEMPTED, EXIT_BAD_NUMBERS)
 
 
 @dataclass(frozen=True)

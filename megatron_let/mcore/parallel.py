@@ -92,12 +92,11 @@ class ParallelContext:
         """Raise on every rank the first error that any rank brings; every rank must call this.
 
         Raises:
-            LetError: the error of the lowest rank that has one, with its exit code.
+            LetError: the error of the lowest rank that has one, of its kind.
         """
-        mine = None if error is None else (str(error), isinstance(error, ConfigError))
-        for first in self.gather(mine):
+        for first in self.gather(None if error is None else (type(error), str(error))):
             if first is not None:
-                raise ConfigError(first[0]) if first[1] else LetError(first[0])
+                raise first[0](first[1])
 
     def together(self, action: Callable[[], Value]) -> Value:
         """Return what `action` gives on this rank, or fail on every rank when it fails on any; all must call this.

@@ -18,6 +18,15 @@ class CheckpointConfig:
     save_interval: int | None = option(None, flags=("--save-interval", "--persistent-save-interval"))
     """Save every so many iterations (and at the end)."""
 
+    async_save: bool = False
+    """Write checkpoints in the background: training stands still only while they are copied into CPU memory."""
+
+    save_keep_last: int | None = None
+    """Delete checkpoints older than so many of the newest ones, at least 2. Default: keep all."""
+
+    save_retain_interval: int | None = None
+    """Delete all but the --save-keep-last (then 2) newest ones and those at multiples of this number of iterations."""
+
     no_save_optim: bool = False
     """Leave the optimizer's state out."""
 

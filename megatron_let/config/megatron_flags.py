@@ -149,7 +149,7 @@ REFUSED: tuple[FlagFamily, ...] = (
     FlagFamily(
         "Comes later",
         "it comes in a later version",
-        "--async-save --save-retain-interval= --kd-weight= --kd-temperature= --kd-stop-iters=",
+        "--kd-weight= --kd-temperature= --kd-stop-iters=",
     ),
     FlagFamily(
         "Settings out of a checkpoint",

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, written and read through megatron-core's torch_dist format on any parallel layout.
+"""What a checkpoint holds, and how it is read through megatron-core's torch_dist format on any parallel layout.
 
 Where checkpoints live and which one is whole is decided in `training/checkpoint_files.py`.
 """
@@ -6,14 +6,12 @@ Where checkpoints live and which one is whole is decided in `training/checkpoint
 from __future__ import annotations
 
 import pickle
-import queue
 import random
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -22,12 +20,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
-    get_default_save_sharded_strategy,
 )
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -36,7 +31,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_let.errors import ConfigError
 from megatron_let.mcore.model import Student
-from megatron_let.mcore.optimizer import load_optimizer, prepare_to_load, schedule_state
+from megatron_let.mcore.optimizer import load_optimizer, prepare_to_load
 from megatron_let.mcore.parallel import ParallelContext
 
 # Keys of the small, unsharded part; Megatron-LM uses the first two likewise.
@@ -53,25 +48,6 @@ class Parts:
     optimizer: MegatronOptimizer | None
     scheduler: OptimizerParamScheduler | None
     with_rng: bool
-
-
-def save_content(
-    directory: Path, parts: Parts, context: ParallelContext, *, iteration: int, run: dict[str, Any]
-) -> None:
-    """Write `parts` and the plain values `run` into the existing empty `directory`; every rank calls this."""
-    metadata = _metadata(context)
-    state = _sharded_parts(parts, context, metadata, is_loading=False)
-    state[ITERATION] = iteration
-    state[RUN] = run
-    if parts.scheduler is not None:
-        state[SCHEDULER] = schedule_state(parts.scheduler)
-    strategy = FullyParallelSaveStrategyWrapper(
-        get_default_save_sharded_strategy("torch_dist"), context.groups.dp_cp, do_cache_distribution=False
-    )
-    # A synchronous save hands its results over inside this process. megatron-core's own queue would start a manager
-    # program that outlives a killed rank.
-    with patch.object(filesystem_async, "_get_write_results_queue", queue.Queue):
-        dist_checkpointing.save(state, str(directory), strategy, content_metadata=_plain(metadata))
 
 
 def load_common(directory: Path) -> dict[str, Any]:
@@ -105,10 +81,10 @@ def load_content(directory: Path, parts: Parts, context: ParallelContext) -> Non
     Raises:
         ConfigError: the checkpoint does not fit the model.
     """
-    metadata = _metadata(context)
+    metadata = content_metadata(context)
     if parts.optimizer is not None:
         prepare_to_load(parts.optimizer)
-    wanted = _sharded_parts(parts, context, metadata, is_loading=True)
+    wanted = sharded_parts(parts, context, metadata, is_loading=True)
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(directory)), context.groups.dp_cp
     )
@@ -140,9 +116,10 @@ def read_tensors(directory: Path, entries: Mapping[str, TensorStorageMetadata]) 
     return wanted
 
 
-def _sharded_parts(
+def sharded_parts(
     parts: Parts, context: ParallelContext, metadata: dict[str, Any], *, is_loading: bool
 ) -> dict[str, Any]:
+    """Return `parts` as megatron-core's sharded state, which says which rank has what; every rank calls this."""
     chunks = parts.student.gpt_chunks
     state: dict[str, Any] = {
         name: chunk.sharded_state_dict(metadata=metadata)
@@ -167,7 +144,8 @@ def _model_keys(num_chunks: int) -> list[str]:
     return ["model"] if num_chunks == 1 else [f"model{index}" for index in range(num_chunks)]
 
 
-def _metadata(context: ParallelContext) -> dict[str, Any]:
+def content_metadata(context: ParallelContext) -> dict[str, Any]:
+    """Return what megatron-core wants to know of the form that the content takes."""
     return {
         # The one optimizer format that loads on any tensor-, pipeline- and data-parallel size.
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -178,7 +156,8 @@ def _metadata(context: ParallelContext) -> dict[str, Any]:
     }
 
 
-def _plain(metadata: dict[str, Any]) -> dict[str, Any]:
+def plain_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return what of it is stored with the content."""
     return {key: value for key, value in metadata.items() if key != "dp_cp_group"}
 
 

@@ -20,7 +20,6 @@ from megatron_let.mcore.model import Student
 from megatron_let.mcore.parallel import ParallelContext, parallel_context
 from megatron_let.training.arguments import parse_arguments
 from megatron_let.training.build import build_trainer
-from megatron_let.training.checkpoints import save_checkpoint
 from megatron_let.training.metrics import Row, TrainingRow
 from megatron_let.training.signals import StopRequest
 from megatron_let.training.trainer import Trainer
@@ -169,8 +168,7 @@ def write_spread_checkpoint(argv: Sequence[str], directory: Path, *, spread: flo
             for chunk in trainer.run.parts.student.gpt_chunks:
                 for parameter in chunk.parameters():
                     parameter.add_(torch.randn(parameter.shape, generator=random) * spread)
-        parts, tokenizer = trainer.run.parts, trainer.run.tokenizer
-        save_checkpoint(
-            config, context, parts, trainer.state, let_record=None, choices=[], tokenizer=tokenizer
-        )
+        assert trainer.run.saver is not None, "--save is given"
+        trainer.run.saver.begin(trainer.state)
+        trainer.run.saver.wait()
         trainer.run.reporter.close()

@@ -25,6 +25,7 @@ from megatron_let.training.let_record import record_of_run
 from megatron_let.training.report import build_reporter
 from megatron_let.training.resolved import resolved_choices
 from megatron_let.training.save_directory import check_save_directory
+from megatron_let.training.saving import CheckpointSaver, RunRecord
 from megatron_let.training.signals import StopRequest
 from megatron_let.training.split_checks import usable_counts
 from megatron_let.training.state import TrainingState
@@ -68,6 +69,8 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
         alignment = build_alignment(config, context, student, let_record)
     choices = resolved_choices(config, context, student, let_record)
     LOGGER.info(" | ".join(choices))
+    record = RunRecord(let_record, choices, remembered)
+    saver = None if config.checkpoint.save is None else CheckpointSaver(config, context, parts, record)
     run = Run(
         config=config,
         context=context,
@@ -75,8 +78,7 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
         data=data,
         forward_step=ForwardStep(config, context, tokenizer.eod, alignment),
         alignment=alignment,
-        let_record=let_record,
-        choices=choices,
+        saver=saver,
         reporter=build_reporter(
             config,
             context,
@@ -84,7 +86,6 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
             resumed_iteration=state.iteration,
             total_iterations=total_iterations,
         ),
-        tokenizer=remembered,
         batches=batch_plan(config, context.world_size),
         total_iterations=total_iterations,
     )

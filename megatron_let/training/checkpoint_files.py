@@ -12,14 +12,19 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from megatron_let.errors import ConfigError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
+_PARTIAL = ".partial"
 _BLOCK = 1 << 22
+FileEntry = dict[str, object]
+"""`bytes` and `sha256` of a file."""
+_NOTHING: Mapping[str, FileEntry] = MappingProxyType({})
 
 
 def iteration_directory(root: Path, iteration: int) -> Path:
@@ -29,7 +34,7 @@ def iteration_directory(root: Path, iteration: int) -> Path:
 
 def partial_directory(root: Path, iteration: int) -> Path:
     """Return the directory a checkpoint is written into before it is whole."""
-    return root / f"iter_{iteration:07d}.partial"
+    return root / f"iter_{iteration:07d}{_PARTIAL}"
 
 
 def saved_iterations(root: Path) -> list[int]:
@@ -84,10 +89,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def prepare_partial(root: Path, iteration: int) -> Path:
-    """Create the empty directory the next checkpoint is written into; what an earlier attempt left is removed."""
+    """Create the empty directory the next checkpoint is written into; what stopped saves and deletions left is removed.
+
+    Nobody else writes here: the run holds the lock of its save directory.
+    """
+    for entry in root.glob(f"iter_*{_PARTIAL}"):
+        shutil.rmtree(entry)
     directory = partial_directory(root, iteration)
-    if directory.exists():
-        shutil.rmtree(directory)
     directory.mkdir(parents=True)
     return directory
 
@@ -101,33 +109,70 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def describe_files(directory: Path, *, share: tuple[int, int] = (0, 1)) -> dict[str, dict[str, object]]:
-    """Return size and SHA-256 of each file of a checkpoint; `share` = (rank, world size) takes every n-th file."""
-    rank, world_size = share
+def describe_files(directory: Path, *, known: Mapping[str, FileEntry] = _NOTHING) -> dict[str, FileEntry]:
+    """Return size and SHA-256 of each file of a checkpoint; those that are `known` are not read again."""
     names = sorted(entry.name for entry in directory.iterdir() if entry.is_file() and entry.name != MANIFEST)
-    return {
-        name: {"bytes": (directory / name).stat().st_size, "sha256": checksum(directory / name)}
-        for name in names[rank::world_size]
-    }
+    return {name: known[name] if name in known else _describe(directory / name) for name in names}
 
 
-def finish(root: Path, iteration: int, files: dict[str, dict[str, object]]) -> None:
+def _describe(path: Path) -> FileEntry:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": checksum(path)}
+
+
+def finish(root: Path, iteration: int, files: Mapping[str, FileEntry]) -> None:
     """Make a written checkpoint whole and the newest: manifest, rename, then the tracker moves."""
     directory = partial_directory(root, iteration)
     text = json.dumps({"format": 1, "files": dict(sorted(files.items()))}, indent=1)
     write_atomically(directory / MANIFEST, text + "\n")
+    _sync_directory(directory)
     final = iteration_directory(root, iteration)
-    if final.exists():
-        shutil.rmtree(final)
+    replaced = _set_aside(final) if final.exists() else None
     directory.rename(final)
+    _sync_directory(root)
     write_tracker(root, iteration)
+    if replaced is not None:
+        shutil.rmtree(replaced)
 
 
-def find_damage(directory: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
+def delete_older(root: Path, *, keep_last: int, retain_interval: int | None) -> list[int]:
+    """Delete whole checkpoints but the `keep_last` newest and those at multiples of `retain_interval`; return which.
+
+    Each gets another name first, so that a stop in the middle leaves no damaged checkpoint. One that is damaged as
+    far as sizes tell does not count among those that are kept, and stays: somebody may want to look at it.
+    """
+    whole = [
+        iteration
+        for iteration in saved_iterations(root)
+        if find_damage(iteration_directory(root, iteration), sizes_only=True) is None
+    ]
+    old = [iteration for iteration in whole[keep_last:] if not retain_interval or iteration % retain_interval]
+    for iteration in old:
+        shutil.rmtree(_set_aside(iteration_directory(root, iteration)))
+    return old
+
+
+def _set_aside(directory: Path) -> Path:
+    """Give a checkpoint a name under which it is never read, and return that."""
+    aside = directory.with_name(f"{directory.name}.old{_PARTIAL}")
+    directory.rename(aside)
+    return aside
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def find_damage(directory: Path, *, share: tuple[int, int] = (0, 1), sizes_only: bool = False) -> str | None:
     """Return what is wrong with a checkpoint in words, or None when it is whole.
 
     Every file is checked against the manifest by size and checksum; with `share` = (rank, world size) each rank
-    checks every n-th file, so that ranks verify in parallel.
+    checks every n-th file, so that ranks verify in parallel. `sizes_only` reads no file but the manifest.
     """
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
@@ -141,7 +186,8 @@ def find_damage(directory: Path, *, share: tuple[int, int] = (0, 1)) -> str | No
         return f"{MANIFEST} cannot be read"
     rank, world_size = share
     return _first(
-        _file_damage(directory / name, size, digest) for name, size, digest in expected[rank::world_size]
+        _file_damage(directory / name, size, None if sizes_only else digest)
+        for name, size, digest in expected[rank::world_size]
     )
 
 
@@ -149,13 +195,14 @@ def _first(problems: Iterable[str | None]) -> str | None:
     return next((problem for problem in problems if problem is not None), None)
 
 
-def _file_damage(path: Path, size: int, digest: str) -> str | None:
+def _file_damage(path: Path, size: int, digest: str | None) -> str | None:
     if not path.is_file():
         return f"{path.name} is missing"
     try:
         actual = path.stat().st_size
         if actual != size:
             return f"{path.name} has {actual} bytes instead of {size}"
-        return None if checksum(path) == digest else f"{path.name} does not match its checksum"
+        is_same = digest is None or checksum(path) == digest
+        return None if is_same else f"{path.name} does not match its checksum"
     except OSError as problem:
         return f"{path.name} cannot be read ({problem.strerror or problem})"

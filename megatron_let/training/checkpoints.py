@@ -1,29 +1,18 @@
-"""Saving a run and loading a saved one: what is written, what is taken back, what of the schedule may change."""
+"""Loading a saved run: what is taken back, what of the schedule may change. Saving is in `saving.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from megatron_let import __version__
 from megatron_let.config.run_config import RunConfig
-from megatron_let.errors import ConfigError, LetError
+from megatron_let.errors import ConfigError
 from megatron_let.log import LOGGER
-from megatron_let.mcore.checkpoint import (
-    SCHEDULER,
-    Parts,
-    load_content,
-    save_content,
-)
+from megatron_let.mcore.checkpoint import SCHEDULER, Parts, load_content
 from megatron_let.mcore.optimizer import load_schedule, schedule_state, set_learning_rates
 from megatron_let.mcore.parallel import ParallelContext
-from megatron_let.training import checkpoint_files as files
-from megatron_let.training.let_record import LetRecord
 from megatron_let.training.state import TrainingState
-
-SETTINGS_FILE = "settings.yaml"
 
 
 @dataclass(frozen=True)
@@ -32,74 +21,6 @@ class TokenizerRecord:
 
     vocab_size: int
     fingerprint: str | None
-
-
-Result = TypeVar("Result")
-
-
-def save_checkpoint(
-    config: RunConfig,
-    context: ParallelContext,
-    parts: Parts,
-    state: TrainingState,
-    *,
-    let_record: LetRecord | None,
-    choices: list[str],
-    tokenizer: TokenizerRecord,
-) -> None:
-    """Write the checkpoint of the current iteration; every rank calls this.
-
-    `choices` are what the run settled for where its settings left it open, in words.
-
-    It is written aside, described by a manifest with sizes and checksums, then renamed, then the tracker moves: a
-    kill at any moment leaves the previous checkpoint in place.
-
-    Raises:
-        LetError: it could not be written; the previous checkpoint is untouched.
-    """
-    assert config.checkpoint.save is not None, "saving was asked for"
-    root = Path(config.checkpoint.save)
-    saved = replace(parts, with_rng=not config.checkpoint.no_save_rng)
-    if config.checkpoint.no_save_optim:
-        saved = replace(saved, optimizer=None, scheduler=None)
-    run = {
-        "version": __version__,
-        "state": context.from_rank_0(asdict(state)),
-        "config": config.to_dict(),
-        "let": None if let_record is None else let_record.to_dict(),
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-    }
-    _on_rank_0(context, root, lambda: files.prepare_partial(root, state.iteration))
-    directory = files.partial_directory(root, state.iteration)
-    save_content(directory, saved, context, iteration=state.iteration, run=run)
-    _on_rank_0(context, root, lambda: _write_settings(directory, config, choices))
-    share = (context.rank, context.world_size)
-    described, error = _attempt(root, lambda: files.describe_files(directory, share=share))
-    context.raise_together(error)
-    entries = {name: entry for part in context.gather(described) for name, entry in (part or {}).items()}
-    _on_rank_0(context, root, lambda: files.finish(root, state.iteration, entries))
-
-
-def _write_settings(directory: Path, config: RunConfig, choices: list[str]) -> None:
-    comments = "".join(f"# {choice}\n" for choice in ["what was left open:", *choices])
-    (directory / SETTINGS_FILE).write_text(config.to_yaml() + comments, encoding="utf-8")
-
-
-def _on_rank_0(context: ParallelContext, root: Path, action: Callable[[], object]) -> None:
-    """Run a file operation on rank 0 while the others wait; all raise together when it fails."""
-    error = _attempt(root, action)[1] if context.rank == 0 else None
-    context.raise_together(error)
-
-
-def _attempt(root: Path, action: Callable[[], Result]) -> tuple[Result | None, LetError | None]:
-    try:
-        return action(), None
-    except OSError as error:
-        return None, LetError(
-            f"cannot write a checkpoint to {root}: {error.strerror or error}; free space or fix the directory and "
-            "resume, the previous checkpoint is untouched"
-        )
 
 
 def load_checkpoint(

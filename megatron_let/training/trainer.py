@@ -20,11 +20,10 @@ from megatron_let.mcore.optimizer import learning_rate
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.mcore.schedule import run_schedule
 from megatron_let.training.alignment import Alignment
-from megatron_let.training.checkpoints import TokenizerRecord, save_checkpoint
 from megatron_let.training.evaluation import data_iterators, evaluate, reduce_loss
 from megatron_let.training.forward_step import LM_LOSS, ForwardStep
-from megatron_let.training.let_record import LetRecord
 from megatron_let.training.report import IntervalTotals, ReleaseTimer, Reporter
+from megatron_let.training.saving import CheckpointSaver
 from megatron_let.training.signals import StopRequest
 from megatron_let.training.state import TrainingState
 
@@ -39,10 +38,9 @@ class Run:
     data: DataSplits
     forward_step: ForwardStep
     alignment: Alignment | None
-    let_record: LetRecord | None
-    choices: list[str]
     reporter: Reporter
-    tokenizer: TokenizerRecord
+    saver: CheckpointSaver | None
+    """None without `--save`."""
     batches: BatchPlan
     total_iterations: int
 
@@ -73,9 +71,9 @@ class Trainer:
         while self.state.iteration < self._total and not config.validation.skip_train:
             self.step(iterators)
             if self.state.iteration < self._total and self._should_leave():
-                self._save()
+                self._save(is_last=True)
                 return EXIT_PREEMPTED
-        self._save()
+        self._save(is_last=True)
         self._validate(self.run.data.valid, "validation")
         self._validate(self.run.data.test, "test")
         return EXIT_DONE
@@ -97,6 +95,8 @@ class Trainer:
 
     def step(self, iterators: list[Any]) -> None:
         """Do one iteration with all that belongs to it: release, optimizer step, log, validation, checkpoint."""
+        if self.run.saver is not None:
+            self.run.saver.poll()
         self._release_teacher_when_due()
         self._iterate(iterators)
         self._after_iteration()
@@ -193,28 +193,17 @@ class Trainer:
         else:
             run.reporter.say(f" test loss at the end of training | lm loss value: {loss:.6E} |")
 
-    def _save(self) -> None:
-        """Save the current iteration unless it is saved already or there is nowhere to."""
-        run = self.run
-        is_saved = self._last_saved == self.state.iteration
-        if run.config.checkpoint.save is None or is_saved or run.config.validation.skip_train:
+    def _save(self, *, is_last: bool = False) -> None:
+        """Save the current iteration unless it is saved already or there is nowhere to; the last save is waited for."""
+        saver = self.run.saver
+        if saver is None or self.run.config.validation.skip_train:
             return
-        started = time.monotonic()
-        with self._gathered():
-            save_checkpoint(
-                run.config,
-                run.context,
-                run.parts,
-                self.state,
-                let_record=run.let_record,
-                choices=run.choices,
-                tokenizer=run.tokenizer,
-            )
-        self._last_saved = self.state.iteration
-        run.reporter.say(
-            f" saved checkpoint of iteration {self.state.iteration} to {run.config.checkpoint.save} "
-            f"in {time.monotonic() - started:.1f} s"
-        )
+        if self._last_saved != self.state.iteration:
+            with self._gathered():
+                saver.begin(self.state)
+            self._last_saved = self.state.iteration
+        if is_last or not self.run.config.checkpoint.async_save:
+            saver.wait()
 
     def _gathered(self) -> AbstractContextManager[None]:
         return gathered_parameters(self.run.config, self.run.parts.student)

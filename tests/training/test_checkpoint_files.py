@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from unittest.mock import patch
 
@@ -107,11 +109,48 @@ def test_binary_garbage_in_the_manifest_is_damage(tmp_path: Path) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_ranks_that_share_the_work_see_every_file_once(world_size: int, tmp_path: Path) -> None:
     directory = write(tmp_path, 100)
-    parts = [files.describe_files(directory, share=(rank, world_size)) for rank in range(world_size)]
-    assert sorted(name for part in parts for name in part) == [".metadata", "a.distcp", "b.distcp"]
     damage(directory, "one bit")
     found = [files.find_damage(directory, share=(rank, world_size)) for rank in range(world_size)]
     assert [f for f in found if f] == ["a.distcp does not match its checksum"]
+
+
+def test_checksums_that_are_known_are_not_taken_again(tmp_path: Path) -> None:
+    partial = files.prepare_partial(tmp_path, 100)
+    (partial / "a.distcp").write_bytes(b"a")
+    (partial / "b.distcp").write_bytes(b"b")
+    known = {"a.distcp": {"bytes": 7, "sha256": "told"}}
+    described = files.describe_files(partial, known=known)
+    assert described["a.distcp"] == known["a.distcp"]
+    assert described["b.distcp"] == {"bytes": 1, "sha256": hashlib.sha256(b"b").hexdigest()}
+
+
+def test_sizes_alone_tell_a_cut_file_and_not_a_flipped_bit(tmp_path: Path) -> None:
+    directory = write(tmp_path, 100)
+    damage(directory, "one bit")
+    assert files.find_damage(directory, sizes_only=True) is None
+    damage(directory, "cut off")
+    assert files.find_damage(directory, sizes_only=True) == "a.distcp has 25599 bytes instead of 25600"
+
+
+def test_deleting_keeps_the_newest_whole_ones_and_those_at_the_interval(tmp_path: Path) -> None:
+    for iteration in range(10, 80, 10):
+        write(tmp_path, iteration)
+    damage(files.iteration_directory(tmp_path, 70), "cut off")
+    assert files.delete_older(tmp_path, keep_last=2, retain_interval=20) == [30, 10]
+    assert files.saved_iterations(tmp_path) == [70, 60, 50, 40, 20]
+    assert files.delete_older(tmp_path, keep_last=2, retain_interval=None) == [40, 20]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_kill_while_a_checkpoint_is_deleted_leaves_no_part_of_it(tmp_path: Path) -> None:
+    for iteration in (10, 20, 30):
+        write(tmp_path, iteration)
+    with patch.object(shutil, "rmtree", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        files.delete_older(tmp_path, keep_last=2, retain_interval=None)
+    assert files.saved_iterations(tmp_path) == [30, 20]
+    assert len(list(tmp_path.glob("*.partial"))) == 1
+    files.prepare_partial(tmp_path, 40)
+    assert [path.name for path in tmp_path.glob("*.partial")] == ["iter_0000040.partial"]
 
 
 def test_a_manifest_does_not_lead_out_of_its_directory(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ MINIMUM = {
         num_virtual_stages_per_pipeline_rank distributed_timeout_minutes bucket_size recompute_num_layers
         micro_batch_size global_batch_size train_iters train_samples exit_interval exit_duration_in_mins
         lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples eval_interval
-        num_dataset_builder_threads save_interval log_interval
+        num_dataset_builder_threads save_interval save_retain_interval log_interval
         loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis fp8_amax_history_len
         let_student_layer let_teacher_layer let_stop_iters
     """,
+    2: "save_keep_last",  # the newest is read back before the others are deleted, and still may go bad
     0: """
         init_method_std embedding_init_method_std layernorm_epsilon lr min_lr decoupled_lr decoupled_min_lr
         weight_decay start_weight_decay end_weight_decay clip_grad adam_eps sgd_momentum

@@ -178,7 +178,14 @@ def check_checkpoints(config: RunConfig) -> None:
     """Flags of saving need --save, flags of loading --load."""
     checkpoint = config.checkpoint
     if checkpoint.save is None:
-        saving = ("save_interval", "no_save_optim", "no_save_rng")
+        saving = (
+            "save_interval",
+            "async_save",
+            "save_keep_last",
+            "save_retain_interval",
+            "no_save_optim",
+            "no_save_rng",
+        )
         require_takes_effect(checkpoint, *saving, needs="--save")
     if checkpoint.load is None:
         loading = ("ckpt_step", "finetune", "no_load_optim", "no_load_rng", "strict_load")

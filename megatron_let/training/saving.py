@@ -1,0 +1,226 @@
+"""Saving a run: planned and copied between two iterations, written by threads, finished when all ranks have written.
+
+A checkpoint exists when it is whole: written aside, read back, described by a manifest with sizes and checksums, then
+renamed, then the tracker moves. A kill at any moment leaves the previous one in place. With `--async-save` training
+goes on while the threads write; without it the ranks wait. They wait by asking each other again and again, never
+inside one long collective, so that a slow disk is no communication timeout.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from megatron_let import __version__
+from megatron_let.config.run_config import RunConfig
+from megatron_let.errors import LetError
+from megatron_let.log import LOGGER
+from megatron_let.mcore.checkpoint import Parts
+from megatron_let.mcore.checkpoint_writer import Content, ContentPlanner, Written
+from megatron_let.mcore.parallel import ParallelContext
+from megatron_let.training import checkpoint_files as files
+from megatron_let.training.checkpoints import TokenizerRecord
+from megatron_let.training.let_record import LetRecord
+from megatron_let.training.state import TrainingState
+
+SETTINGS_FILE = "settings.yaml"
+# Beside the tensors: settings, metadata, the ends of files. A guess on the safe side.
+_MARGIN_BYTES = 16 << 20
+_ASK_SECONDS = (0.005, 0.25)
+_VERSIONS = ("torch", "megatron-core", "numpy", "transformers", "transformer-engine")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a checkpoint says of its run beside weights and counters."""
+
+    let_record: LetRecord | None
+    choices: list[str]
+    """What the run settled for where its settings left it open, in words."""
+    tokenizer: TokenizerRecord
+
+
+class CheckpointSaver:
+    """Writes the checkpoints of one run, one at a time."""
+
+    def __init__(self, config: RunConfig, context: ParallelContext, parts: Parts, record: RunRecord) -> None:
+        assert config.checkpoint.save is not None, "saving was asked for"
+        self._config = config
+        self._context = context
+        self._record = record
+        self._parts = replace(parts, with_rng=not config.checkpoint.no_save_rng)
+        if config.checkpoint.no_save_optim:
+            self._parts = replace(self._parts, optimizer=None, scheduler=None)
+        self._root = Path(config.checkpoint.save)
+        self._planner = ContentPlanner(context)
+        self._pending: Iterator[None] | None = None
+
+    def begin(self, state: TrainingState) -> None:
+        """Plan and copy the checkpoint of the current iteration and start to write it; every rank calls this.
+
+        A save that is still being written is waited for. Parameters that are sharded must have been gathered.
+
+        Raises:
+            LetError: there is no room for it, or the one before could not be written.
+        """
+        self.wait()
+        started = time.monotonic()
+        iteration, directory = state.iteration, files.partial_directory(self._root, state.iteration)
+        run = {
+            "version": __version__,
+            "versions": _versions(),
+            "state": self._context.from_rank_0(asdict(state)),
+            "config": self._config.to_dict(),
+            "let": None if self._record.let_record is None else self._record.let_record.to_dict(),
+            "vocab_size": self._record.tokenizer.vocab_size,
+            "tokenizer_fingerprint": self._record.tokenizer.fingerprint,
+        }
+        for _ in self._on_rank_0(lambda: files.prepare_partial(self._root, iteration), iteration):
+            time.sleep(_ASK_SECONDS[0])
+        content = self._planner.plan(directory, self._parts, iteration=iteration, run=run)
+        needed = sum(self._context.gather(content.num_bytes)) + _MARGIN_BYTES
+        self._context.on_rank_0(lambda: _require_space(self._root, needed))
+        content.copy()
+        self._pending = self._write(content, iteration, started)
+        next(self._pending)
+
+    def poll(self) -> None:
+        """Look whether the save in the background has come further, and finish it; every rank calls this.
+
+        Raises:
+            LetError: it could not be written; the previous checkpoint is untouched.
+        """
+        if self._pending is None:
+            return
+        try:
+            if next(self._pending, self) is self:
+                self._pending = None
+        except LetError:
+            self._pending = None
+            raise
+
+    def wait(self) -> None:
+        """Finish the save in the background, if there is one; every rank calls this. Raises LetError as `poll` does."""
+        pause, longest = _ASK_SECONDS
+        while self._pending is not None:
+            self.poll()
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+
+    def _write(self, content: Content, iteration: int, started: float) -> Iterator[None]:
+        """Go through a save, yielding whenever some rank is not yet done."""
+        stalled = time.monotonic() - started
+        writing = _Task(content.write)
+        yield
+        yield from self._until_all_are_done(writing, iteration)
+        written = self._context.gather(writing.result())
+        deleted: list[int] = []
+        yield from self._on_rank_0(
+            lambda: deleted.extend(self._finish(content, written, iteration)), iteration
+        )
+        background = (
+            f", training stood still for {stalled:.2f} s" if self._config.checkpoint.async_save else ""
+        )
+        LOGGER.info(
+            f" saved checkpoint of iteration {iteration} to {self._root} in {time.monotonic() - started:.1f} s{background}"
+        )
+        if deleted:
+            LOGGER.info(f" deleted the checkpoints of iteration {', '.join(map(str, deleted))}")
+
+    def _finish(self, content: Content, written: list[Written], iteration: int) -> list[int]:
+        """Make the checkpoint whole; return the iterations whose checkpoints were deleted."""
+        directory = files.partial_directory(self._root, iteration)
+        content.finish([part.results for part in written])
+        comments = "".join(f"# {choice}\n" for choice in ["what was left open:", *self._record.choices])
+        (directory / SETTINGS_FILE).write_text(self._config.to_yaml() + comments, encoding="utf-8")
+        known = {name: entry for part in written for name, entry in part.files.items()}
+        files.finish(self._root, iteration, files.describe_files(directory, known=known))
+        options = self._config.checkpoint
+        if options.save_keep_last is None and options.save_retain_interval is None:
+            return []
+        return files.delete_older(
+            self._root, keep_last=options.save_keep_last or 2, retain_interval=options.save_retain_interval
+        )
+
+    def _on_rank_0(self, action: Callable[[], object], iteration: int) -> Iterator[None]:
+        """Run a file operation on rank 0, yielding until it is done; all raise together when it fails."""
+        yield from self._until_all_are_done(
+            _Task(action if self._context.rank == 0 else lambda: None), iteration
+        )
+
+    def _until_all_are_done(self, task: _Task[Any], iteration: int) -> Iterator[None]:
+        while self._context.any_rank(not task.is_done):
+            yield
+        error = task.error
+        if self._context.any_rank(error is not None) and self._context.rank == 0:
+            # Its room may be what is missing. Partial checkpoints are never read, so that it may also stay.
+            shutil.rmtree(files.partial_directory(self._root, iteration), ignore_errors=True)
+        self._context.raise_together(None if error is None else _failure(self._root, error))
+
+
+class _Task(Generic[Result]):
+    """An action in a thread of its own."""
+
+    def __init__(self, action: Callable[[], Result]) -> None:
+        self._results: list[Result] = []
+        self.error: Exception | None = None
+        self._action = action
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        """Return whether the action has ended, well or not."""
+        return not self._thread.is_alive()
+
+    def result(self) -> Result:
+        """Return what the action gave; only after it has ended well."""
+        return self._results[0]
+
+    def _run(self) -> None:
+        try:
+            self._results.append(self._action())
+        except Exception as error:
+            self.error = error
+
+
+def _failure(root: Path, error: Exception) -> LetError:
+    if isinstance(error, OSError):
+        why = error.strerror or str(error)
+    else:
+        LOGGER.error("a checkpoint could not be written", exc_info=error)
+        why = f"{type(error).__name__}: {error}"
+    return LetError(
+        f"cannot write a checkpoint to {root}: {why}; free space or fix the directory and resume, the previous checkpoint "
+        "is untouched"
+    )
+
+
+def _require_space(root: Path, needed: int) -> None:
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise LetError(
+            f"cannot write a checkpoint to {root}: it takes {needed / 1e9:,.2f} GB and {free / 1e9:,.2f} GB are free; free "
+            "space and resume, the previous checkpoint is untouched (--save-keep-last deletes old ones)"
+        )
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of what decides over the numbers, as far as it is installed."""
+    found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    for name in _VERSIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -39,6 +39,9 @@ class DataConfig:
     mmap_bin_files: bool = True
     """Map .bin files into memory; --no-mmap-bin-files reads them."""
 
+    data_override: bool = False
+    """Resume although data, blend, split, seed, sequence length or batch sizes are not those of the checkpoint."""
+
     num_workers: int = 2
     """Loader processes on each rank; 0 loads in the training process."""
 

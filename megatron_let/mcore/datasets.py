@@ -135,6 +135,23 @@ def data_use(dataset: Any, parts: Sequence[SplitPart], count: int) -> list[DataU
     ]
 
 
+def training_weights(config: RunConfig) -> list[float] | None:
+    """Return the weights of the training blend, None where its data sets are joined by size."""
+    paths = config.data.data_path or config.data.train_data_path
+    blend = get_blend_from_list(list(paths)) if paths else None
+    return None if blend is None or blend[1] is None else list(blend[1])
+
+
+def sample_origin(dataset: Any, number: int) -> tuple[int, int, int]:
+    """Return where sample `number` of a built split begins: data set of the blend, document, token in the document."""
+    which, index = 0, number
+    if isinstance(dataset, CachedBlendedDataset):
+        which, index = int(dataset.dataset_index[number]), int(dataset.dataset_sample_index[number])
+        dataset = dataset.datasets[which]
+    position, offset = dataset.sample_index[dataset.shuffle_index[index]]
+    return which, int(dataset.document_index[position]), int(offset)
+
+
 def build_datasets(
     config: RunConfig, tokenizer: DataTokenizer, counts: SampleCounts, context: ParallelContext
 ) -> DataSplits:

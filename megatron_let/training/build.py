@@ -6,7 +6,7 @@ come before the expensive parts are built.
 
 from __future__ import annotations
 
-from megatron_let.config.batches import batch_plan, padded_vocab_size, train_iterations
+from megatron_let.config.batches import batch_plan, padded_vocab_size
 from megatron_let.config.run_config import RunConfig
 from megatron_let.log import LOGGER
 from megatron_let.mcore.checkpoint import Parts
@@ -19,7 +19,8 @@ from megatron_let.training.alignment import build_alignment
 from megatron_let.training.checkpoint_choice import check_same_model, choose_checkpoint, read_run
 from megatron_let.training.checkpoints import TokenizerRecord, load_checkpoint
 from megatron_let.training.data_checks import check_data
-from megatron_let.training.data_needs import build_run_tokenizer, sample_counts
+from megatron_let.training.data_needs import build_run_tokenizer, sample_counts, total_iterations
+from megatron_let.training.data_record import check_same_data, check_same_order, record_of_data, with_order
 from megatron_let.training.forward_step import ForwardStep
 from megatron_let.training.let_record import record_of_run
 from megatron_let.training.report import build_reporter
@@ -43,18 +44,22 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
     check_save_directory(config, context)
     tokenizer = context.together(lambda: build_run_tokenizer(config))
     remembered = TokenizerRecord(tokenizer.vocab_size, tokenizer.fingerprint)
-    total_iterations = train_iterations(config, context.world_size)
     directory = choose_checkpoint(config, context)
     saved = None if directory is None else read_run(directory, context)
     if directory is not None and saved is not None:
         check_same_model(config, remembered, saved, directory)
-    let_record = context.together(lambda: record_of_run(config, saved, total_iterations))
-    completed = 0 if saved is None or config.checkpoint.finetune else int(saved["state"]["iteration"])
-    is_guided = let_record is not None and let_record.schedule().is_active_at(completed)
+    is_new = saved is None or config.checkpoint.finetune
+    start = TrainingState() if saved is None or is_new else TrainingState(**saved["state"])
+    end = total_iterations(config, context.world_size, start)
+    let_record = context.together(lambda: record_of_run(config, saved, end))
+    is_guided = let_record is not None and let_record.schedule().is_active_at(start.iteration)
     needs_teacher = is_guided and not config.validation.skip_train
     check_data(config, tokenizer, context, needs_teacher=needs_teacher)
-    counts = usable_counts(config, sample_counts(config, total_iterations), context)
+    data_record = record_of_data(config, context)
+    context.together(lambda: check_same_data(config, data_record, saved, directory))
+    counts = usable_counts(config, sample_counts(config, end, start), context)
     data = build_datasets(config, tokenizer, counts, context)
+    context.together(lambda: check_same_order(config, data, saved, directory))
     padded = padded_vocab_size(
         tokenizer.vocab_size, config.model.make_vocab_size_divisible_by, context.tp_size
     )
@@ -69,7 +74,7 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
         alignment = build_alignment(config, context, student, let_record)
     choices = resolved_choices(config, context, student, let_record)
     LOGGER.info(" | ".join(choices))
-    record = RunRecord(let_record, choices, remembered)
+    record = RunRecord(let_record, with_order(data_record, data), choices, remembered)
     saver = None if config.checkpoint.save is None else CheckpointSaver(config, context, parts, record)
     run = Run(
         config=config,
@@ -84,9 +89,9 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
             context,
             padded_vocab_size=padded,
             resumed_iteration=state.iteration,
-            total_iterations=total_iterations,
+            total_iterations=end,
         ),
         batches=batch_plan(config, context.world_size),
-        total_iterations=total_iterations,
+        total_iterations=end,
     )
     return Trainer(run, state, stop)

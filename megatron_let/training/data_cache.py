@@ -20,6 +20,7 @@ from megatron_let.mcore.datasets import (
 from megatron_let.training.data_checks import data_warnings
 from megatron_let.training.data_needs import build_run_tokenizer, sample_counts
 from megatron_let.training.split_checks import usable_counts_alone
+from megatron_let.training.state import TrainingState
 
 # The run's kernels need not be here: the data do not ask for them.
 _ANYWHERE = Packages(transformer_engine=True, apex=True)
@@ -48,7 +49,9 @@ def build_data_cache(config: RunConfig, world_size: int | None) -> list[str]:
         LOGGER.warning(warning)
     if config.data.data_cache_path is None and is_any_blend(config):
         LOGGER.warning("without --data-cache-path the order of a blend is not kept: the run builds it anew")
-    counts = usable_counts_alone(config, sample_counts(config, train_iterations(config, world_size)))
+    counts = usable_counts_alone(
+        config, sample_counts(config, train_iterations(config, world_size), TrainingState())
+    )
     splits = build_datasets_alone(config, tokenizer, counts)
     lines: list[str] = []
     for name, dataset, count in (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from megatron_let.config.batches import batch_plan, train_iterations
 from megatron_let.config.run_config import RunConfig
 from megatron_let.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_let.errors import ConfigError
 from megatron_let.mcore.datasets import SampleCounts
+from megatron_let.training.state import TrainingState
 
 
 def build_run_tokenizer(config: RunConfig) -> Tokenizer:
@@ -30,8 +32,26 @@ def build_run_tokenizer(config: RunConfig) -> Tokenizer:
     return tokenizer
 
 
-def sample_counts(config: RunConfig, total_iterations: int) -> SampleCounts:
-    """Return how many samples a run of so many iterations reads of each split."""
-    evaluated = config.validation.eval_iters * config.training.global_batch_size
-    train = config.training.train_samples or total_iterations * config.training.global_batch_size
+def total_iterations(config: RunConfig, world_size: int, start: TrainingState) -> int:
+    """Return the iteration at which a run ends that goes on from `start`.
+
+    A run may go on with another batch size (`--data-override`): what is left of `--train-samples` is then counted from
+    the samples that are consumed.
+    """
+    total, samples = train_iterations(config, world_size), config.training.train_samples
+    plan = batch_plan(config, world_size)
+    if samples is None or start.consumed_samples == plan.samples_of_iterations(start.iteration):
+        return total
+    iteration, consumed = start.iteration, start.consumed_samples
+    while consumed + plan.global_batch_size(consumed) <= samples:
+        consumed += plan.global_batch_size(consumed)
+        iteration += 1
+    return iteration
+
+
+def sample_counts(config: RunConfig, total: int, start: TrainingState) -> SampleCounts:
+    """Return how many samples a run that goes on from `start` to iteration `total` reads of each split."""
+    batch = config.training.global_batch_size
+    evaluated = config.validation.eval_iters * batch
+    train = config.training.train_samples or start.consumed_samples + (total - start.iteration) * batch
     return SampleCounts(train=train, valid=evaluated, test=evaluated)

@@ -29,6 +29,7 @@ from megatron_let.mcore.checkpoint_writer import Content, ContentPlanner, Writte
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.training import checkpoint_files as files
 from megatron_let.training.checkpoints import TokenizerRecord
+from megatron_let.training.data_record import DataRecord
 from megatron_let.training.let_record import LetRecord
 from megatron_let.training.state import TrainingState
 
@@ -45,6 +46,7 @@ class RunRecord:
     """What a checkpoint says of its run beside weights and counters."""
 
     let_record: LetRecord | None
+    data_record: DataRecord
     choices: list[str]
     """What the run settled for where its settings left it open, in words."""
     tokenizer: TokenizerRecord
@@ -82,6 +84,7 @@ class CheckpointSaver:
             "state": self._context.from_rank_0(asdict(state)),
             "config": self._config.to_dict(),
             "let": None if self._record.let_record is None else self._record.let_record.to_dict(),
+            "data": self._record.data_record.to_dict(),
             "vocab_size": self._record.tokenizer.vocab_size,
             "tokenizer_fingerprint": self._record.tokenizer.fingerprint,
         }

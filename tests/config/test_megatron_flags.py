@@ -56,7 +56,6 @@ def test_a_flag_without_effect_is_warned_about_once(logged: pytest.LogCaptureFix
         ("--use-legacy-models", "only GPT models of megatron-core"),
         ("--heterogeneous-layers-config-path x", "only GPT models"),
         ("--use-checkpoint-args", "a checkpoint only checks them"),
-        ("--async-save", "comes in a later version"),
         ("--batch-size 4", "use --micro-batch-size"),
         ("--vision-pretraining", "only GPT pretraining"),
         ("--window-size 128,0", "only causal softmax attention"),

@@ -190,6 +190,7 @@ def check_checkpoints(config: RunConfig) -> None:
     if checkpoint.load is None:
         loading = ("ckpt_step", "finetune", "no_load_optim", "no_load_rng", "strict_load")
         require_takes_effect(checkpoint, *loading, "exit_on_missing_checkpoint", needs="--load")
+        require_takes_effect(config.data, "data_override", needs="--load")
 
 
 def check_logging(config: RunConfig, packages: Packages) -> None:

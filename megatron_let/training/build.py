@@ -6,6 +6,8 @@ come before the expensive parts are built.
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron_let.config.batches import batch_plan, padded_vocab_size
 from megatron_let.config.run_config import RunConfig
 from megatron_let.log import LOGGER
@@ -48,8 +50,7 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
     saved = None if directory is None else read_run(directory, context)
     if directory is not None and saved is not None:
         check_same_model(config, remembered, saved, directory)
-    is_new = saved is None or config.checkpoint.finetune
-    start = TrainingState() if saved is None or is_new else TrainingState(**saved["state"])
+    start = _start(config, saved)
     end = total_iterations(config, context.world_size, start)
     let_record = context.together(lambda: record_of_run(config, saved, end))
     is_guided = let_record is not None and let_record.schedule().is_active_at(start.iteration)
@@ -60,9 +61,8 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
     counts = usable_counts(config, sample_counts(config, end, start), context)
     data = build_datasets(config, tokenizer, counts, context)
     context.together(lambda: check_same_order(config, data, saved, directory))
-    padded = padded_vocab_size(
-        tokenizer.vocab_size, config.model.make_vocab_size_divisible_by, context.tp_size
-    )
+    divisor = config.model.make_vocab_size_divisible_by
+    padded = padded_vocab_size(tokenizer.vocab_size, divisor, context.tp_size)
     student = build_student(config, context, vocab_size=tokenizer.vocab_size, padded_vocab_size=padded)
     optimizer = build_optimizer(config, student)
     parts = Parts(student, optimizer, build_lr_scheduler(config, optimizer), with_rng=True)
@@ -95,3 +95,9 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
         total_iterations=end,
     )
     return Trainer(run, state, stop)
+
+
+def _start(config: RunConfig, saved: dict[str, Any] | None) -> TrainingState:
+    """Return where the run goes on."""
+    is_new = saved is None or config.checkpoint.finetune
+    return TrainingState() if saved is None or is_new else TrainingState(**saved["state"])

@@ -40,6 +40,7 @@ from megatron_let.mcore.checkpoint_reader import (
     no_code_on_load,
 )
 from megatron_let.mcore.dcp_metadata import read_metadata
+from megatron_let.mcore.extra_state import check_extra_states
 from megatron_let.mcore.model import Student
 from megatron_let.mcore.optimizer import load_optimizer, prepare_to_load, schedule_state
 from megatron_let.mcore.parallel import ParallelContext
@@ -133,12 +134,14 @@ def load_content(directory: Path, parts: Parts, context: ParallelContext) -> Non
     except (dist_checkpointing.mapping.CheckpointingException, ValueError, KeyError, RuntimeError) as error:
         raise ConfigError(f"checkpoint {directory} does not fit this model: {_first_line(error)}") from error
     chunks = parts.student.gpt_chunks
-    for name, chunk in zip(_model_keys(len(chunks)), chunks, strict=True):
+    names = _model_keys(len(chunks))
+    context.together(lambda: check_extra_states([loaded[name] for name in names], directory))
+    for name, chunk in zip(names, chunks, strict=True):
         chunk.load_state_dict(loaded[name])
     if parts.optimizer is not None:
         load_optimizer(parts.optimizer, loaded["optimizer"])
     if parts.with_rng:
-        _restore_rng_state(loaded["rng_state"], directory)
+        context.together(lambda: _restore_rng_state(loaded["rng_state"], directory))
 
 
 def stored_entries(directory: Path) -> dict[str, TensorStorageMetadata]:

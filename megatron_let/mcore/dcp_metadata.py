@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_let.mcore.safe_pickle import Record, Refused, read_pickle, record_type, refusals
+from megatron_let.mcore.safe_pickle import Record, Refused, read_pickle, record_type, refusals, shown
 from megatron_let.mcore.torch_file import DTYPES
 
 METADATA_FILE = ".metadata"
@@ -181,14 +181,14 @@ def _check_room(metadata: Metadata) -> None:
     for name, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, BytesStorageMetadata):
             if MetadataIndex(name) not in metadata.storage_data:
-                raise Refused(f"gives no place for {name[:100]}")
+                raise Refused(f"gives no place for {shown(name)}")
             continue
         stored = 0
         for chunk in entry.chunks:
             place = metadata.storage_data.get(MetadataIndex(name, chunk.offsets))
             elements = math.prod(chunk.sizes)
             if place is None or elements * entry.properties.dtype.itemsize > place.length:
-                raise Refused(f"gives no place with enough bytes for a piece of {name[:100]}")
+                raise Refused(f"gives no place with enough bytes for a piece of {shown(name)}")
             stored += elements
         if math.prod(entry.size) > stored:
-            raise Refused(f"stores {stored} numbers of {name[:100]}, which has more")
+            raise Refused(f"stores {stored} numbers of {shown(name)}, which has more")

@@ -69,6 +69,11 @@ class Record(metaclass=_Frozen):
         self.state = state
 
 
+def shown(name: str) -> str:
+    """Return a name out of a file as it can be put into a message: not long, and without control characters."""
+    return ascii(name[:100])[1:-1]
+
+
 def record_type(name: str) -> type[Record]:
     """Make a kind of record."""
     kind: Any = _Frozen(name, (Record,), {"__slots__": ()})
@@ -94,7 +99,7 @@ class _Reader(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands for a name on the list."""
         if (module, name) not in self._names:
-            raise Refused(f"asks for {module[:100]}.{name[:100]}, which could run code")
+            raise Refused(f"asks for {shown(module)}.{shown(name)}, which could run code")
         return self._names[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
@@ -185,7 +190,7 @@ def refusals(path: Path, entry: str | None = None) -> Iterator[None]:
     Raises:
         ConfigError: the file is not safe to load, damaged, or not there.
     """
-    place = str(path) if entry is None else f"{path} ({entry[:100]})"
+    place = str(path) if entry is None else f"{path} ({shown(entry)})"
     try:
         yield
     except Refused as refused:

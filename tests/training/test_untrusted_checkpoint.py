@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_let.errors import EXIT_BAD_CONFIGURATION, EXIT_DONE
 from megatron_let.testing.distributed import RankPool
@@ -103,6 +104,18 @@ def test_the_program_ends_with_code_2_and_one_line(words: dict[str, Any], saved:
     assert len(errors) == 1
     assert errors[0].startswith(f"error: {saved / 'iter_0000003' / '.metadata'} asks for posix.mkdir")
     assert "Traceback" not in ended.stderr
+    assert not marker.exists()
+
+
+def test_a_modules_extra_state_that_would_run_code(
+    words: dict[str, Any], saved: Path, marker: Path, pool: RankPool
+) -> None:
+    data = bytearray(pickle.dumps({"recipe": hostile.Hostile(marker)}))
+    state = torch.frombuffer(data, dtype=torch.uint8)
+    hostile.spoil_object(saved / "iter_0000003", state, starts="decoder")
+    hostile.seal(saved / "iter_0000003")
+    message = refusal(pool, words, untouched=saved)
+    assert "_extra_state) asks for posix.mkdir, which could run code" in message
     assert not marker.exists()
 
 

@@ -121,6 +121,7 @@ ODD: dict[str, tuple[bytes, str]] = {
     "a call of a value": (b"ctorch\nfloat32\n)R.", "cannot be read"),
     "an object of no class": (b"])\x81.", "cannot be read"),
     "something outside": (b"NQ.", "refers to something outside itself"),
+    "items of a list": (b"]NNs.", "puts items into what is no dict"),
     "another thing": (b"\x80\x04N.", "holds something else where"),
     "bytes that are not there": (b"B\xff\xff\xff\x7fabc.", "cannot be read"),
     "a huge place in the memo": (memo_bomb(), "holds something else where"),
@@ -263,7 +264,7 @@ def load(data: bytes) -> Any:
         return load_torch_file(io.BytesIO(data))
 
 
-CONTENT = {
+CONTENT: dict[str, Any] = {
     "plain": [1, 2.5, None, True, ("a", b"b")],
     "numpy": np.random.get_state(),
     "tensor": torch.arange(6),

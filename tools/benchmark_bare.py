@@ -52,7 +52,7 @@ def bare_run(settings: BareSettings) -> Iterator[BareRun]:
         torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group("nccl" if is_on_gpu else "gloo")
-    start = torch.load(settings.start)
+    start = torch.load(settings.start, weights_only=True)
     tokens = start["tokens"].view(-1, world_size, settings.loop.micro_batch_size, start["tokens"].shape[1])
     try:
         yield BareRun(

@@ -53,6 +53,16 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
                 "needs Python code of its own to be read; look at its .py files, then pass --let-trust-remote-code",
             ) from error
         raise config_error(directory, "has a config.json that transformers cannot use", error) from error
+    kernel = getattr(config, "_attn_implementation", None)
+    if not trust_remote_code and kernel is not None and "/" in str(kernel):
+        raise config_error(
+            directory,
+            f"asks for attention code of its own ({str(kernel)[:100]}); pass --let-trust-remote-code to run it",
+        )
+    if (directory / "adapter_config.json").exists():
+        raise config_error(
+            directory, "is an adapter of another model; merge it into that one and save the result"
+        )
     if config.is_encoder_decoder:
         raise config_error(
             directory, f"is an encoder-decoder ({config.model_type}), not a causal language model"
@@ -91,6 +101,13 @@ def _weight_files(directory: Path) -> list[Path]:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise config_error(directory, f"has an unreadable {INDEX_FILE}", error) from error
+        foreign = [str(name) for name in names if not str(name).endswith(".safetensors") or "/" in str(name)]
+        if foreign:
+            raise config_error(
+                directory,
+                f"names {foreign[0][:100]} in its {INDEX_FILE}; only .safetensors files of its own directory are loaded, "
+                "others can run code when read",
+            )
         return sorted(directory / str(name) for name in names)
     pickles = sorted(file.name for file in directory.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickles:

@@ -5,7 +5,7 @@ Where checkpoints live and which one is whole is decided in `training/checkpoint
 
 from __future__ import annotations
 
-import pickle
+import json
 import random
 import warnings
 from collections.abc import Mapping
@@ -18,26 +18,42 @@ import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import (
-    get_default_load_sharded_strategy,
-)
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
 )
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_let.errors import ConfigError
+from megatron_let.mcore.checkpoint_reader import (
+    CheckpointReader,
+    first_failure,
+    load_strategy,
+    no_code_on_load,
+)
+from megatron_let.mcore.dcp_metadata import read_metadata
+from megatron_let.mcore.extra_state import check_extra_states
 from megatron_let.mcore.model import Student
 from megatron_let.mcore.optimizer import load_optimizer, prepare_to_load
 from megatron_let.mcore.parallel import ParallelContext
+from megatron_let.mcore.safe_pickle import Refused, refusals
+from megatron_let.mcore.torch_file import load_torch_file
 
 # Keys of the small, unsharded part; Megatron-LM uses the first two likewise.
 ITERATION = "iteration"
 SCHEDULER = "opt_param_scheduler"
 RUN = "megatron_let"
+
+# The one format that is read: what metadata.json must say.
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -59,17 +75,15 @@ def load_common(directory: Path) -> dict[str, Any]:
     missing = [name for name in ("metadata.json", "common.pt") if not (directory / name).is_file()]
     if missing:
         raise ConfigError(f"checkpoint {directory} cannot be read: it has no {' and no '.join(missing)}")
-    try:
-        return dict(dist_checkpointing.load_common_state_dict(str(directory)))
-    except (
-        dist_checkpointing.mapping.CheckpointingException,
-        pickle.UnpicklingError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        OSError,
-    ) as error:
-        raise ConfigError(f"checkpoint {directory} cannot be read: {_first_line(error)}") from error
+    with refusals(directory / "metadata.json"):
+        if json.loads((directory / "metadata.json").read_text(encoding="utf-8")) != _FORMAT:
+            raise Refused("names another format than torch_dist")
+    path = directory / "common.pt"
+    with refusals(path), path.open("rb") as stream:
+        common = load_torch_file(stream)
+        if type(common) is not dict or type(common.get(RUN, {})) is not dict:
+            raise Refused("holds something else than a table of values")
+        return common
 
 
 def load_content(directory: Path, parts: Parts, context: ParallelContext) -> None:
@@ -85,34 +99,51 @@ def load_content(directory: Path, parts: Parts, context: ParallelContext) -> Non
     if parts.optimizer is not None:
         prepare_to_load(parts.optimizer)
     wanted = sharded_parts(parts, context, metadata, is_loading=True)
-    strategy = FullyParallelLoadStrategyWrapper(
-        get_default_load_sharded_strategy(str(directory)), context.groups.dp_cp
-    )
+    common = context.together(lambda: load_common(directory))
+    stored = context.on_rank_0(lambda: read_metadata(directory))
+    strategy = FullyParallelLoadStrategyWrapper(load_strategy(), context.groups.dp_cp)
     try:
-        loaded = dist_checkpointing.load(wanted, str(directory), strategy)
+        with no_code_on_load(directory, stored, common) as common_strategy:
+            loaded = dist_checkpointing.load(wanted, str(directory), strategy, common_strategy)
+    except CheckpointException as error:
+        raise first_failure(error, f"checkpoint {directory} does not fit this model") from error
     except (dist_checkpointing.mapping.CheckpointingException, ValueError, KeyError, RuntimeError) as error:
         raise ConfigError(f"checkpoint {directory} does not fit this model: {_first_line(error)}") from error
     chunks = parts.student.gpt_chunks
-    for name, chunk in zip(_model_keys(len(chunks)), chunks, strict=True):
+    names = _model_keys(len(chunks))
+    context.together(lambda: check_extra_states([loaded[name] for name in names], directory))
+    for name, chunk in zip(names, chunks, strict=True):
         chunk.load_state_dict(loaded[name])
     if parts.optimizer is not None:
         load_optimizer(parts.optimizer, loaded["optimizer"])
     if parts.with_rng:
-        _set_rng_state(loaded["rng_state"][0])
+        context.together(lambda: _restore_rng_state(loaded["rng_state"], directory))
 
 
 def stored_entries(directory: Path) -> dict[str, TensorStorageMetadata]:
-    """Return name -> shape and type of every tensor in a checkpoint; layers are stacked along a first dimension."""
-    entries = dcp.FileSystemReader(str(directory)).read_metadata().state_dict_metadata
+    """Return name -> shape and type of every tensor in a checkpoint; layers are stacked along a first dimension.
+
+    Raises:
+        ConfigError: what the checkpoint says of itself is damaged, or is not safe to read.
+    """
+    entries = read_metadata(directory).state_dict_metadata
     return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def read_tensors(directory: Path, entries: Mapping[str, TensorStorageMetadata]) -> dict[str, torch.Tensor]:
-    """Read these tensors whole, on this rank alone: no communication, whatever layout wrote them."""
+    """Read these tensors whole, on this rank alone: no communication, whatever layout wrote them.
+
+    Raises:
+        ConfigError: they are damaged, or are not safe to read.
+    """
+    reader = CheckpointReader(directory, read_metadata(directory))
     wanted = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as intended
-        dcp.load(wanted, storage_reader=dcp.FileSystemReader(str(directory)), no_dist=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as intended
+            dcp.load(wanted, storage_reader=reader, no_dist=True)
+    except CheckpointException as error:
+        raise first_failure(error, f"checkpoint {directory} cannot be read") from error
     return wanted
 
 
@@ -169,6 +200,15 @@ def _rng_state() -> dict[str, Any]:
         "cuda_rng_state": torch.cuda.get_rng_state(),
         "rng_tracker_states": get_cuda_rng_tracker().get_states(),
     }
+
+
+def _restore_rng_state(states: Any, directory: Path) -> None:
+    try:
+        _set_rng_state(states[0])
+    except (TypeError, ValueError, KeyError, IndexError, RuntimeError, AttributeError) as error:
+        raise ConfigError(
+            f"checkpoint {directory} holds random states that cannot be used ({_first_line(error)}); give --no-load-rng"
+        ) from error
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:

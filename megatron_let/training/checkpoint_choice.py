@@ -10,6 +10,7 @@ from megatron_let.config.run_config import RunConfig
 from megatron_let.errors import ConfigError
 from megatron_let.log import LOGGER
 from megatron_let.mcore.checkpoint import ITERATION, RUN, SCHEDULER, load_common
+from megatron_let.mcore.checkpoint_reader import check_objects
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.training import checkpoint_files as files
 from megatron_let.training.checkpoints import TokenizerRecord
@@ -99,9 +100,13 @@ def _find_damage(directory: Path, context: ParallelContext) -> str | None:
 def read_run(directory: Path, context: ParallelContext) -> dict[str, Any]:
     """Return the plain values of a checkpoint: `state`, `config`, `let`, `vocab_size`, and the scheduler's state.
 
+    A checkpoint that is not safe to load stops the run and is not skipped for an older one, as a damaged one is:
+    damage happens by itself, and this does not.
+
     Raises:
-        ConfigError: it was not written by this project.
+        ConfigError: it was not written by this project, or is not safe to load.
     """
+    context.on_rank_0(lambda: check_objects(directory))
     common = context.together(lambda: load_common(directory))
     if RUN not in common:
         raise ConfigError(

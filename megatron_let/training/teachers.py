@@ -11,6 +11,7 @@ from megatron_let.config.run_config import RunConfig
 from megatron_let.errors import ConfigError
 from megatron_let.let import Teacher
 from megatron_let.let.hf_teacher import check_hf_teacher, load_hf_teacher
+from megatron_let.mcore.checkpoint_reader import check_objects
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.mcore.transformer_config import compute_dtype
 from megatron_let.training.checkpoint_files import (
@@ -76,7 +77,9 @@ def check_teacher(config: RunConfig, *, num_ids: int) -> None:
     else:
         from megatron_let.training.megatron_teacher import check_megatron_teacher
 
-        vocab_size = int(check_megatron_teacher(path, layer=let.let_teacher_layer)[1]["vocab_size"])
+        directory, run = check_megatron_teacher(path, layer=let.let_teacher_layer)
+        check_objects(directory)
+        vocab_size = int(run["vocab_size"])
     if num_ids > vocab_size:
         raise ConfigError(
             f"the student's token ids reach {num_ids - 1} but teacher {path} knows ids up to {vocab_size - 1}; student "

@@ -115,6 +115,27 @@ def test_pickle_weights_only(teacher_directory: Path) -> None:
     assert "run code" in message
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "../other/a.safetensors", "/tmp/a.safetensors"])
+def test_an_index_that_names_other_than_its_own_safetensors(teacher_directory: Path, name: str) -> None:
+    (teacher_directory / "model.safetensors").unlink()
+    index = {"weight_map": {"embed": name}}
+    (teacher_directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    message = refusal(teacher_directory)
+    assert f"names {name} in its model.safetensors.index.json; only .safetensors files" in message
+
+
+def test_code_of_others_in_the_place_of_attention(teacher_directory: Path) -> None:
+    edit_config(
+        teacher_directory, _attn_implementation="someone/kernel", attn_implementation="someone/kernel"
+    )
+    assert "asks for attention code of its own (someone/kernel)" in refusal(teacher_directory)
+
+
+def test_an_adapter_of_another_model(teacher_directory: Path) -> None:
+    (teacher_directory / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    assert "is an adapter of another model" in refusal(teacher_directory)
+
+
 def write_shards(directory: Path) -> dict[str, str]:
     """Replace the single file by two shards and an index, and return the index's map."""
     weights = load_file(directory / "model.safetensors")

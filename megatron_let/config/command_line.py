@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +14,10 @@ import yaml
 from megatron_let.config.setting import Setting
 from megatron_let.config.values import value_from_words, value_from_yaml
 from megatron_let.errors import ConfigError
+from megatron_let.plain_json import is_name, shown
 
 _NUMBER = re.compile(r"-(\d|\.\d)")
+_LONGEST_NAME = 100
 
 
 class Occurrence(NamedTuple):
@@ -70,7 +72,7 @@ def values_of_mapping(mapping: dict[str, Any], settings: Sequence[Setting]) -> d
         setting = by_key.get(key.replace("-", "_"))
         if setting is None:
             raise ConfigError(
-                f"unknown name {key} in the config file{nearest(key.replace('-', '_'), by_key)}"
+                f"unknown name {shown(key)} in the config file{nearest(key.replace('-', '_'), by_key)}"
             )
         if setting.dest in found:
             raise ConfigError(
@@ -96,31 +98,74 @@ def read_yaml(path: str) -> dict[str, Any]:
     except UnicodeDecodeError as problem:
         raise ConfigError(f"--config {path} cannot be read: it is not UTF-8 text") from problem
     try:
-        content = yaml.load(text, Loader=_NoDuplicates)
+        content = yaml.load(text, Loader=_PlainLoader)
     except yaml.YAMLError as problem:
         raise ConfigError(f"--config {path} is not YAML: {' '.join(str(problem).split())}") from problem
+    except _BAD_VALUES as problem:  # a tag or a number that PyYAML fails to make a value of
+        what = shown(str(problem)) or type(problem).__name__
+        raise ConfigError(f"--config {path} holds a value that cannot be read: {what}") from problem
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"--config {path} must hold lines of the form name: value")
+    for key, value in content.items():
+        for item in [key, *(value if isinstance(value, list) else [value])]:
+            _require_plain(path, key, item)
     return content
 
 
-class _NoDuplicates(yaml.SafeLoader):
-    """YAML loader that refuses a key given twice, where YAML would keep the last in silence."""
+_BAD_VALUES = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)
+_LARGEST_BITS = 200
+
+
+def _require_plain(path: str, key: str, item: Any) -> None:
+    """Raise ConfigError for what YAML can spell and no setting can be: half characters, NUL, endless numbers."""
+    if isinstance(item, int) and item.bit_length() > _LARGEST_BITS:
+        raise ConfigError(f"--config {path}: {shown(key)} is {shown(item)}; give a smaller one")
+    if isinstance(item, str) and not is_name(item):
+        raise ConfigError(f"--config {path}: {shown(item)} is not text that a path or a name can have")
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML loader for lines `name: value` and `name: [values]`.
+
+    It refuses a key given twice, where YAML would keep the last in silence, and what is nested deeper: a few lines
+    whose aliases hold aliases would unfold to any size.
+    """
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Return the next node: the whole, a value, or an item of a value."""
+        event = self.peek_event()
+        is_collection = isinstance(event, yaml.CollectionStartEvent) or (
+            isinstance(event, yaml.AliasEvent)
+            and isinstance(self.anchors.get(event.anchor), yaml.CollectionNode)
+        )
+        if is_collection and self._depth >= 2:
+            raise yaml.composer.ComposerError(None, None, "a value is nested too deep", event.start_mark)
+        self._depth += 1
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return the mapping of `node`, each key once."""
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
+        found: set[Any] = set()
+        for key in (self.construct_object(key, deep=deep) for key, _ in node.value):
+            if not isinstance(key, Hashable):
+                continue  # refused by YAML itself
+            if key in found:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{shown(key)} is given twice", node.start_mark
+                )
+            found.add(key)
         return super().construct_mapping(node, deep=deep)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean X?" for the known name nearest to `name`, or nothing when none is near."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name[:_LONGEST_NAME], list(known), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]}?" if matches else ""
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_let.errors import ConfigError
+from megatron_let.plain_json import is_name, parse_json, shown
 
 _SPLITS = {"train": "train_data_path", "valid": "valid_data_path", "test": "test_data_path"}
 
@@ -24,7 +24,9 @@ def with_data_files(values: Mapping[str, Any]) -> dict[str, Any]:
     if values["data_args_path"] is not None:
         path = values["data_args_path"]
         _require_alone(values, "--data-args-path", ["data_path"])
-        values["data_path"] = tuple(_read("--data-args-path", path).split())
+        values["data_path"] = tuple(
+            _checked("--data-args-path", path, _read("--data-args-path", path).split())
+        )
         if not values["data_path"]:
             raise ConfigError(f"--data-args-path {path} is empty; it holds what --data-path takes")
         values["data_args_path"] = None
@@ -46,7 +48,7 @@ def _per_split(path: str) -> dict[str, tuple[str, ...]]:
     """Return the blends in a JSON file: {"train": [words], "valid": "words", ...}, as Megatron-LM reads it."""
     text = _read("--per-split-data-args-path", path)
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as problem:
         raise ConfigError(f"--per-split-data-args-path {path} is not JSON: {problem}") from problem
     if not isinstance(content, dict) or not content or not content.keys() <= _SPLITS.keys():
@@ -64,10 +66,17 @@ def _per_split(path: str) -> dict[str, tuple[str, ...]]:
             raise ConfigError(
                 f"--per-split-data-args-path {path}: {split} must be a list of words, or one string"
             )
-        found[_SPLITS[split]] = tuple(str(word) for word in words)
+        found[_SPLITS[split]] = tuple(_checked("--per-split-data-args-path", path, map(str, words)))
     if not found:
         raise ConfigError(f"--per-split-data-args-path {path} names no data set")
     return found
+
+
+def _checked(flag: str, path: str, words: Iterable[str]) -> Iterator[str]:
+    for word in words:
+        if not is_name(word):
+            raise ConfigError(f"{flag} {path}: {shown(word)} is not text that a path can have")
+        yield word
 
 
 def _read(flag: str, path: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_let.config.setting import Setting, ValueType
 from megatron_let.errors import ConfigError
+from megatron_let.plain_json import quoted, shown
 
 _INTEGER = re.compile(r"[+-]?\d+")
 
@@ -40,7 +41,7 @@ def value_from_yaml(setting: Setting, key: str, value: Any) -> Any:
         return None
     if value_type.is_switch:
         if not isinstance(value, bool):
-            raise ConfigError(f"{key} in the config file is true or false, got {value!r}")
+            raise ConfigError(f"{key} in the config file is true or false, got {quoted(value)}")
         flag = f"--{key.replace('_', '-')}"
         if flag in setting.off_flags:
             return False if value else setting.default
@@ -72,7 +73,7 @@ def _from_word(value_type: ValueType, flag: str, word: str) -> Any:
         return _finite(flag, word)
     if value_type.base is str:
         return _text(flag, word)
-    raise ConfigError(f"{flag} takes {expected(value_type)}, got {word!r}")
+    raise ConfigError(f"{flag} takes {expected(value_type)}, got {quoted(word)}")
 
 
 def _from_yaml_value(value_type: ValueType, key: str, value: Any) -> Any:
@@ -86,7 +87,7 @@ def _from_yaml_value(value_type: ValueType, key: str, value: Any) -> Any:
     if type(value) is value_type.base:
         return value
     hint = "; quote it" if value_type.base is str else ""
-    raise ConfigError(f"{key} in the config file takes {expected(value_type)}, got {value!r}{hint}")
+    raise ConfigError(f"{key} in the config file takes {expected(value_type)}, got {quoted(value)}{hint}")
 
 
 def _choice(value_type: ValueType, name: str, word: str) -> Any:
@@ -94,14 +95,14 @@ def _choice(value_type: ValueType, name: str, word: str) -> Any:
     for choice in value_type.choices or ():
         if str(choice) == word:
             return value_type.base[word] if issubclass(value_type.base, enum.Enum) else choice
-    raise ConfigError(f"{name} is {expected(value_type)}, got {word!r}")
+    raise ConfigError(f"{name} is {expected(value_type)}, got {quoted(word)}")
 
 
 def _text(name: str, word: str) -> str:
     """Return `word` unless it is empty, which as a path would mean the current directory."""
     if not word.strip():
         raise ConfigError(
-            f"{name} takes text, got {word!r}; is a shell variable unset? Otherwise leave it out"
+            f"{name} takes text, got {quoted(word)}; is a shell variable unset? Otherwise leave it out"
         )
     return word
 
@@ -113,7 +114,7 @@ def _finite(name: str, word: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ConfigError(f"{name} takes a number, got {word!r}")
+        raise ConfigError(f"{name} takes a number, got {quoted(word)}")
     return number
 
 
@@ -128,4 +129,4 @@ def _check_count(value_type: ValueType, name: str, values: Sequence[Any]) -> Non
 
 def _listed(values: Sequence[Any]) -> str:
     """Return what was given, in words."""
-    return " ".join(str(value) for value in values) if values else "none"
+    return shown(" ".join(map(shown, values[:20]))) if values else "none"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +15,7 @@ from megatron_let.data.manifest import Manifest, read_manifest
 from megatron_let.data.preprocess_settings import PreprocessSettings
 from megatron_let.data.tokenizers import Tokenizer
 from megatron_let.errors import ConfigError, LetError
+from megatron_let.plain_json import is_name, read_json, shown
 
 
 def arguments_of(settings: PreprocessSettings, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -49,6 +49,19 @@ def require_same(journal: Journal, arguments: Mapping[str, Any]) -> None:
         )
 
 
+def require_installable(progress: Mapping[str, Any]) -> None:
+    """Check that the journal names files of its own directory, and names beside the output prefix.
+
+    Raises:
+        ValueError, KeyError, TypeError: it does not.
+    """
+    for working, final in [*progress["pairs"], *progress["files"]]:
+        if not is_name(working) or not is_name(final) or "/" in working + final or working in ("", ".", ".."):
+            raise ValueError(f"{shown(working)} and {shown(final)} as names of files")
+        if not final.startswith("_"):
+            raise ValueError(f"{shown(final)} as the end of a name")
+
+
 def install(
     directory: WorkingDirectory, journal: Journal, prefix: str, write_line: Callable[[str], None]
 ) -> dict[str, Manifest]:
@@ -78,10 +91,10 @@ def _install_file(new: Path, final: Path, paths: list[str], write_line: Callable
         return
     if final.suffix == ".json" and final.exists():
         try:
-            earlier = json.loads(final.read_text(encoding="utf-8"))["subsets"].values()
+            earlier = read_json(final)["subsets"].values()
             stale = [entry["prefix"] for entry in earlier if entry["prefix"] not in paths]
         except (ValueError, KeyError, TypeError, AttributeError):
             stale = []  # not a file of ours; it is replaced all the same, as everything under this name
         for path in stale:
-            write_line(f"{path} is of an earlier run, and not in the blend")
+            write_line(f"{shown(path, 300)} is of an earlier run, and not in the blend")
     new.replace(final)

@@ -174,7 +174,7 @@ class _HashedFile:
 
     def cut_back(self, size: int, digest: str) -> None:
         """Drop what lies behind `size`. Raises ConfigError when what is left has another digest."""
-        if os.fstat(self._stream.fileno()).st_size < size:
+        if not 0 <= size <= os.fstat(self._stream.fileno()).st_size:
             raise _damaged(self._path)
         self._stream.truncate(size)
         for block in self.blocks():

@@ -11,17 +11,19 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from megatron_let.errors import ConfigError
+from megatron_let.plain_json import read_json, require_fields, shown
 
 JOURNAL_VERSION = 1
 _JOURNAL, _LOCK = "journal.json", "lock"
+_SHOWN_CHANGES = 12
 # What a file system without locks answers; a run there goes on without.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -64,16 +66,35 @@ class WorkingDirectory:
             ConfigError: it cannot be read.
         """
         try:
-            content = json.loads((self.path / _JOURNAL).read_text(encoding="utf-8"))
-            if content["version"] != JOURNAL_VERSION:
-                raise ValueError(f"version {content['version']}")
-            return Journal(content["arguments"], content["progress"], bool(content["installing"]))
+            with self.taking_up():
+                content = read_json(self.path / _JOURNAL)
+                version = content.pop("version")
+                if version != JOURNAL_VERSION:
+                    raise ValueError(f"version {shown(version)}")
+                require_fields(Journal, content)
+                return Journal(**content)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"cannot go on from {self.path / _JOURNAL} ({type(error).__name__}: {error}): give --restart to begin anew"
-            ) from error
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    @contextmanager
+    def taking_up(self) -> Iterator[None]:
+        """Turn what reading the journal's values raises into a line for a person.
+
+        Raises:
+            ConfigError: they are not what a run writes.
+        """
+        try:
+            yield
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> ConfigError:
+        return ConfigError(
+            f"cannot go on from {self.path / _JOURNAL} ({type(error).__name__}: {shown(str(error), 300)}): give --restart "
+            "to begin anew"
+        )
 
     def write_journal(self, journal: Journal) -> None:
         """Replace the journal in one step."""
@@ -126,12 +147,10 @@ def write_synced(path: Path, text: str) -> None:
 def changed_arguments(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     """Return in words what differs between this run's arguments and those of the run to go on with."""
     names = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
-    return "; ".join(f"{name} was {_shown(theirs.get(name))}, is {_shown(ours.get(name))}" for name in names)
-
-
-def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return "; ".join(
+        f"{shown(name)} was {shown(str(theirs.get(name)))}, is {shown(str(ours.get(name)))}"
+        for name in names[:_SHOWN_CHANGES]
+    )
 
 
 def _hold(directory: Path) -> TextIO:

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from megatron_let.data.indexed import IndexedSummary
 from megatron_let.errors import ConfigError
+from megatron_let.plain_json import read_json, shown
 
 MANIFEST_VERSION = 1
 MAX_SKIPPED_EXAMPLES = 10
 """How many skipped records a manifest names."""
-
-_NUMBERS = (
-    *("vocab_size", "eod", "max_token_id", "documents", "sequences", "tokens", "bytes"),
-    *("records", "eod_in_text"),
-)
-_TEXTS = ("tokenizer_type", "tokenizer_name", "dtype", "bin_sha256", "idx_sha256")
 
 
 @dataclass(frozen=True)
@@ -118,12 +113,12 @@ def read_manifest(prefix: str) -> Manifest | None:
     """
     path = manifest_path(prefix)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the manifest {path}: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("version"), int):
+    if not isinstance(content, dict) or type(content.get("version")) is not int:
         raise ConfigError(f"{path} is not a manifest: it has no version number")
     if content["version"] > MANIFEST_VERSION:
         raise ConfigError(
@@ -142,17 +137,14 @@ def require_manifest_of(manifest: Manifest, summary: IndexedSummary) -> None:
         stated, found = getattr(manifest, name), getattr(summary, name)
         if stated != found:
             raise ConfigError(
-                f"{manifest_path(summary.prefix)} belongs to other files: it states {name} {stated}, "
+                f"{manifest_path(summary.prefix)} belongs to other files: it states {name} {shown(stated)}, "
                 f"{summary.prefix}.idx has {found}; preprocess the data again or delete the manifest"
             )
 
 
 def _from_json(content: dict[str, Any], path: Path) -> Manifest:
     values = _known(Manifest, content)
-    wrong = [name for name in _NUMBERS if name in values and type(values[name]) is not int]
-    wrong += [name for name in _TEXTS if name in values and not isinstance(values[name], str)]
-    if not isinstance(values.get("tokenizer_fingerprint", ""), str | None):
-        wrong.append("tokenizer_fingerprint")
+    wrong = [name for name, is_right in _RULES.items() if name in values and not is_right(values[name])]
     if wrong:
         raise ConfigError(f"{path} is damaged: no proper {', '.join(wrong)}; preprocess the data again")
     try:
@@ -163,8 +155,62 @@ def _from_json(content: dict[str, Any], path: Path) -> Manifest:
         }
         values["skipped_examples"] = tuple(values.get("skipped_examples", ()))
         return Manifest(**values)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not a whole manifest: {error}; preprocess the data again") from error
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is not a whole manifest: {shown(str(error), 300)}; preprocess the data again"
+        ) from error
+
+
+def _is_count(value: Any) -> bool:
+    """Return whether this is a number that may be counted or an id; -1 is the largest id of no tokens."""
+    return type(value) is int and -1 <= value < 1 << 63
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_text_or_none(value: Any) -> bool:
+    return isinstance(value, str | None)
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_count, value.values()))
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _are_sources(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(item, dict)
+        and _is_text(item.get("path", ""))
+        and _is_count(item.get("size", 0))
+        and _is_text(item.get("sha256", ""))
+        for item in value
+    )
+
+
+def _are_subsets(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(item, dict) and _are_counts(_known(SubsetCount, item)) for item in value.values()
+    )
+
+
+_COUNTS = "vocab_size eod max_token_id documents sequences tokens bytes records eod_in_text"
+_TEXTS = "tokenizer_type tokenizer_name dtype json_key bin_sha256 idx_sha256 tool_version"
+_RULES: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(_COUNTS.split(), _is_count),
+    **dict.fromkeys(_TEXTS.split(), _is_text),
+    "append_eod": lambda value: isinstance(value, bool),
+    "tokenizer_fingerprint": _is_text_or_none,
+    "subset": _is_text_or_none,
+    "sources": _are_sources,
+    "skipped": _are_counts,
+    "skipped_examples": _are_texts,
+    "subsets": _are_subsets,
+}
 
 
 def _known(kind: type, content: Mapping[str, Any]) -> dict[str, Any]:

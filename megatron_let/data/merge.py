@@ -25,6 +25,7 @@ from megatron_let.data.manifest import (
     write_manifest,
 )
 from megatron_let.errors import ConfigError, LetError
+from megatron_let.plain_json import shown
 
 _CHUNK_BYTES = 1 << 24
 
@@ -142,7 +143,7 @@ def _check_same(summaries: Sequence[IndexedSummary], manifests: Sequence[Manifes
             ours, theirs = getattr(first, name), getattr(manifest, name)
             if ours != theirs:
                 raise ConfigError(
-                    f"{first_prefix} and {prefix} differ in {name} ({ours} and {theirs}): one data set needs one "
+                    f"{first_prefix} and {prefix} differ in {name} ({shown(ours)} and {shown(theirs)}): one data set needs one "
                     "tokenizer; give them to training as a blend, or preprocess one again"
                 )
 

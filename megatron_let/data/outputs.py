@@ -18,6 +18,7 @@ from megatron_let.data.records import HARMLESS
 from megatron_let.data.subsets import MAX_SUBSETS, pair_name
 from megatron_let.data.tokenizers import Tokenizer
 from megatron_let.errors import ConfigError
+from megatron_let.plain_json import require_fields, shown
 
 # A share of fewer records says little.
 _RECORDS_TO_JUDGE = 10_000
@@ -133,6 +134,20 @@ class _Pair:
         }
 
 
+@dataclass(frozen=True)
+class _SavedPair:
+    """What `_Pair.state` returns."""
+
+    key: str
+    subset: str | None
+    name: str
+    max_token_id: int
+    text_bytes: int
+    eod_in_text: int
+    subsets: dict[str, Any]
+    writer: dict[str, Any]
+
+
 class Outputs:
     """All pairs of a run, by JSON key and subset, in the order in which they appeared."""
 
@@ -173,8 +188,20 @@ class Outputs:
 
         Raises:
             ConfigError: the files do not hold what it says.
+            ValueError, KeyError, TypeError: it is nothing that `state` returns.
         """
+        if state["accounts"].keys() != self.accounts.keys():
+            raise ValueError("accounts of other keys")
         for saved in state["pairs"]:
+            require_fields(_SavedPair, saved)
+            key, subset = saved["key"], saved["subset"]
+            if key not in self.accounts or (key, subset) in self._pairs:
+                raise ValueError(f"a pair of the key {shown(key)}")
+            if saved["name"] != self._name_of(key, subset):
+                raise ValueError(f"{shown(saved['name'])} as the name of a pair")
+            for count in saved["subsets"].values():
+                require_fields(SubsetCount, count)
+            require_fields(WriterState, saved["writer"])
             counts = {name: SubsetCount(**count) for name, count in saved["subsets"].items()}
             writer = IndexedWriter(
                 self._stem(len(self._pairs)), self._rules.dtype, WriterState(**saved["writer"])
@@ -182,6 +209,7 @@ class Outputs:
             values = {**saved, "subsets": counts, "writer": writer}
             self._pairs[saved["key"], saved["subset"]] = _Pair(**values)
         for key, saved in state["accounts"].items():
+            require_fields(Account, saved)
             self.accounts[key] = Account(**{**saved, "skipped": Counter(saved["skipped"])})
 
     def require_documents(self) -> None:
@@ -222,11 +250,15 @@ class Outputs:
                 f"more than {MAX_SUBSETS} subsets under {self._rules.subset_key}, {subset!r} the latest: "
                 "--split-by-subset writes a pair for each; check --subset-key"
             )
-        taken = [pair.name for pair in self._pairs.values()]
-        name = _whole_name(key) if subset is None else pair_name(subset, key, taken)
+        name = self._name_of(key, subset)
         _require_usable(f"{self._prefix}{name}")
         writer = IndexedWriter(self._stem(len(self._pairs)), self._rules.dtype)
         return _Pair(key, subset, name, writer)
+
+    def _name_of(self, key: str, subset: str | None) -> str:
+        """Return what follows the output prefix in the name of the next pair."""
+        taken = [pair.name for pair in self._pairs.values()]
+        return _whole_name(key) if subset is None else pair_name(subset, key, taken)
 
     def _stem(self, index: int) -> Path:
         return self._directory / f"{index:04d}"

@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_let.data.batch_encoders import BatchEncoder
 from megatron_let.data.blocks import Block
-from megatron_let.data.continuing import arguments_of, install, require_same
+from megatron_let.data.continuing import arguments_of, install, require_installable, require_same
 from megatron_let.data.encoding import EncodedBlock, EncodingRules, encode_block
 from megatron_let.data.fast_encoder import choose_encoder
 from megatron_let.data.indexed import dtype_for_vocabulary
@@ -82,7 +82,9 @@ def preprocess(
             with _writing(directory, settings.output_prefix):
                 directory.write_journal(journal)
         else:
-            require_unchanged(journal.progress["reading"])
+            with directory.taking_up():
+                require_installable(journal.progress)
+                require_unchanged(journal.progress["reading"])
         return install(directory, journal, settings.output_prefix, write_line)
 
 
@@ -144,11 +146,13 @@ class _Run:
             self._outputs.close()
 
     def _take_up(self, journal: Journal) -> None:
-        self._reading.take_up(journal.progress["reading"])
+        with self._directory.taking_up():
+            self._reading.take_up(journal.progress["reading"])
         self._write_line(
             f"going on after {self._reading.disk_bytes / 1e6:,.1f} MB of input, once it is checked"
         )
-        self._outputs.take_up(journal.progress["outputs"])
+        with self._directory.taking_up():
+            self._outputs.take_up(journal.progress["outputs"])
 
     def _encode_all(self, arguments: Mapping[str, Any]) -> None:
         settings, outputs, reading = self._settings, self._outputs, self._reading

@@ -15,6 +15,7 @@ from megatron_let.data.manifest import SourceFile
 from megatron_let.data.raw_stream import standard_input
 from megatron_let.data.readers import read_blocks
 from megatron_let.errors import ConfigError
+from megatron_let.plain_json import fits, require_fields, shown
 
 
 @dataclass
@@ -71,11 +72,12 @@ class Reading:
             ConfigError: the sources are not the same. (The one in the middle of which it stopped is checked when it
                 is read.)
         """
+        _require_state(state)
         then = [path for path, _, _ in state["files"]]
         now = [source.path for source in self.sources]
         if then != now:
             other = next(iter(sorted(set(then) ^ set(now))), "their order")
-            raise _changed(f"--input names other files than the stopped run ({other})")
+            raise _changed(f"--input names other files than the stopped run ({shown(other)})")
         require_unchanged(state)
         self.finished = [SourceFile(**source) for source in state["finished"]]
         self.position = Position(**state["position"])
@@ -88,6 +90,7 @@ def require_unchanged(state: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: a source has another size, or one that was read to its end has other content.
     """
+    _require_state(state)
     digests = {source["path"]: source["sha256"] for source in state["finished"]}
     for path, size, mtime_ns in state["files"]:
         if path == STANDARD_INPUT:
@@ -104,6 +107,18 @@ def require_unchanged(state: Mapping[str, Any]) -> None:
             is_same = not is_touched or path not in digests or sha256_of(path) == digests[path]
         if not is_same:
             raise _changed(f"input {path} has changed since the stopped run read it")
+
+
+def _require_state(state: Any) -> None:
+    """Raise ValueError, KeyError or TypeError for what `Reading.state` does not return."""
+    for path, *numbers in state["files"]:
+        if not fits(path, str) or not fits(numbers, list[int | None]):
+            raise ValueError(f"{shown(path)} as a file")
+    for source in state["finished"]:
+        require_fields(SourceFile, source)
+    require_fields(Position, state["position"])
+    if len(state["finished"]) > len(state["files"]):
+        raise ValueError("more files are read than there are")
 
 
 def _changed(what: str) -> ConfigError:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from megatron_let.data.byte_progress import ByteProgress
-from megatron_let.data.index_tables import CHUNK, IndexTables
+from megatron_let.data.index_tables import CHUNK, IndexTables, open_tables
 from megatron_let.data.indexed import BOUND_BYTES, LENGTH_BYTES, POINTER_BYTES
+from megatron_let.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,20 @@ class Check:
         if self.problem is not None:
             return f"{self.name}: FAILED: {self.problem}"
         return f"{self.name}: ok, {self.note}" if self.note else f"{self.name}: ok"
+
+
+def require_tables(prefix: str, write_line: Callable[[str], None]) -> None:
+    """Look at every entry of PREFIX.idx; `write_line` receives progress on large files.
+
+    megatron-core takes the tables on trust: a length below 0 has its loops never end, or read outside their arrays.
+
+    Raises:
+        ConfigError: the pair is damaged.
+    """
+    tables = open_tables(prefix)
+    for check in check_tables(tables, ByteProgress(tables.header.index_size, write_line)):
+        if check.problem is not None:
+            raise ConfigError(f"{prefix}.idx is damaged: {check.problem}; preprocess the data again")
 
 
 def check_tables(tables: IndexTables, progress: ByteProgress) -> list[Check]:

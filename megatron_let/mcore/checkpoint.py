@@ -5,7 +5,6 @@ Where checkpoints live and which one is whole is decided in `training/checkpoint
 
 from __future__ import annotations
 
-import json
 import random
 import warnings
 from collections.abc import Mapping
@@ -41,6 +40,7 @@ from megatron_let.mcore.optimizer import load_optimizer, prepare_to_load
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.mcore.safe_pickle import Refused, refusals
 from megatron_let.mcore.torch_file import load_torch_file
+from megatron_let.plain_json import read_json
 
 # Keys of the small, unsharded part; Megatron-LM uses the first two likewise.
 ITERATION = "iteration"
@@ -76,7 +76,7 @@ def load_common(directory: Path) -> dict[str, Any]:
     if missing:
         raise ConfigError(f"checkpoint {directory} cannot be read: it has no {' and no '.join(missing)}")
     with refusals(directory / "metadata.json"):
-        if json.loads((directory / "metadata.json").read_text(encoding="utf-8")) != _FORMAT:
+        if read_json(directory / "metadata.json") != _FORMAT:
             raise Refused("names another format than torch_dist")
     path = directory / "common.pt"
     with refusals(path), path.open("rb") as stream:

@@ -29,6 +29,7 @@ from megatron_let.config.setting import Setting
 from megatron_let.errors import ConfigError
 from megatron_let.log import LOGGER
 from megatron_let.mcore.settings import CORE_SECTIONS
+from megatron_let.plain_json import shown
 
 PROGRAM = "pretrain_let.py"
 ALTERNATIVES = tuple(
@@ -145,7 +146,7 @@ def _judge_foreign(foreign: Iterable[Occurrence]) -> None:
                 raise ConfigError(f"{flag} is not supported: {refused.reason}")
         elif ignored is not None:
             if words and ignored.entries()[flag] is None:
-                raise ConfigError(f"{flag} is a switch and takes no value, got {' '.join(words)}")
+                raise ConfigError(f"{flag} is a switch and takes no value, got {shown(' '.join(words))}")
             warnings[flag] = f"{flag} has no effect: {ignored.reason}"
     for warning in warnings.values():
         LOGGER.warning(warning)

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from megatron_let.errors import ConfigError
+from megatron_let.plain_json import read_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
@@ -70,7 +71,7 @@ def read_tracker(root: Path) -> int | None:
         text = (root / TRACKER).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return int(text) if text.isdecimal() else None
+    return int(text) if re.fullmatch(r"\d{1,30}", text) else None
 
 
 def write_tracker(root: Path, iteration: int) -> None:
@@ -175,10 +176,9 @@ def find_damage(directory: Path, *, share: tuple[int, int] = (0, 1), sizes_only:
     checks every n-th file, so that ranks verify in parallel. `sizes_only` reads no file but the manifest.
     """
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
+        files = read_json(directory / MANIFEST)["files"]
         expected = [(name, int(files[name]["bytes"]), str(files[name]["sha256"])) for name in sorted(files)]
-        if not expected or any(name != os.path.basename(name) for name in files):
+        if not expected or not all(map(_is_file_name, files)):
             raise ValueError("a checkpoint has files, in its own directory")
     except FileNotFoundError:
         return f"{MANIFEST} is missing (not written by megatron_let, or not to its end)"
@@ -189,6 +189,11 @@ def find_damage(directory: Path, *, share: tuple[int, int] = (0, 1), sizes_only:
         _file_damage(directory / name, size, None if sizes_only else digest)
         for name, size, digest in expected[rank::world_size]
     )
+
+
+def _is_file_name(name: str) -> bool:
+    """Return whether a name is one that a save gives to a file of a checkpoint."""
+    return re.fullmatch(r"[A-Za-z0-9_.-]{1,255}", name) is not None and name not in (".", "..")
 
 
 def _first(problems: Iterable[str | None]) -> str | None:

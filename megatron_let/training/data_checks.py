@@ -8,11 +8,13 @@ from megatron_let.config.run_config import RunConfig
 from megatron_let.data.fingerprint import fingerprint_of_directory, require_same_tokenizer
 from megatron_let.data.indexed import check_indexed, max_token_id
 from megatron_let.data.manifest import manifest_path, read_manifest, require_manifest_of
+from megatron_let.data.table_checks import require_tables
 from megatron_let.data.tokenizers import Tokenizer
 from megatron_let.errors import ConfigError
 from megatron_let.log import LOGGER
 from megatron_let.mcore.datasets import data_prefixes
 from megatron_let.mcore.parallel import ParallelContext
+from megatron_let.plain_json import shown
 from megatron_let.training.checkpoint_choice import tokenizer_fingerprint_of_checkpoint
 from megatron_let.training.checkpoint_files import newest_iteration_directory
 from megatron_let.training.teachers import check_teacher, teacher_format
@@ -51,6 +53,7 @@ def data_warnings(config: RunConfig, tokenizer: Tokenizer, *, needs_teacher: boo
 def _check_prefix(prefix: str, tokenizer: Tokenizer) -> str | None:
     """Check one data set; return a warning when its tokenizer is unknown."""
     summary = check_indexed(prefix)
+    require_tables(prefix, LOGGER.info)
     manifest = read_manifest(prefix)
     if manifest is not None:
         require_manifest_of(manifest, summary)
@@ -64,8 +67,8 @@ def _check_prefix(prefix: str, tokenizer: Tokenizer) -> str | None:
         return f"{manifest_path(prefix)} does not say which tokenizer made the data; only the range of ids is checked"
     if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
         raise ConfigError(
-            f"data set {prefix} was made with tokenizer {manifest.tokenizer_name} "
-            f"({manifest.tokenizer_fingerprint[:12]}), not with {tokenizer.name} ({tokenizer.fingerprint[:12]}); "
+            f"data set {prefix} was made with tokenizer {shown(manifest.tokenizer_name, 300)} "
+            f"({shown(manifest.tokenizer_fingerprint[:12])}), not with {tokenizer.name} ({tokenizer.fingerprint[:12]}); "
             "give its tokenizer or preprocess the data again"
         )
     return None

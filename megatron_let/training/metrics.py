@@ -100,7 +100,7 @@ def drop_rows_past(path: Path, iteration: int, *, keep_validation: bool = True) 
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if (
             not (isinstance(row, dict) and isinstance(row.get("iteration"), int))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from megatron_let.config.checks.rules import given, require, require_takes_effect
 from megatron_let.config.run_config import RunConfig
+from megatron_let.plain_json import shown
 
 TOKENIZER_FILES = {
     "HuggingFaceTokenizer": ("tokenizer_model",),
@@ -53,7 +54,7 @@ def check_split(split: str | None) -> None:
     are_numbers = all(re.fullmatch(r"\d+\.?\d*|\.\d+", word) for word in words)
     require(
         are_numbers and 1 <= len(words) <= 3 and float(words[0]) > 0,
-        f"--split is up to three shares for training, validation and test such as 969,30,1, got {split}",
+        f"--split is up to three shares for training, validation and test such as 969,30,1, got {shown(split)}",
     )
 
 
@@ -65,11 +66,11 @@ def check_blend(flag: str, words: Sequence[str]) -> None:
     by_turns = len(words) % 2 == 0 and all(_is_number(word) for word in weights)
     require(
         by_turns and not any(_is_number(word) for word in prefixes),
-        f"{flag} is one or more prefixes, or WEIGHT PREFIX WEIGHT PREFIX ..., got {' '.join(words)}",
+        f"{flag} is one or more prefixes, or WEIGHT PREFIX WEIGHT PREFIX ..., got {shown(' '.join(words), 300)}",
     )
     require(
         all(0 < float(weight) < math.inf for weight in weights),
-        f"{flag} needs weights above 0, got {' '.join(weights)}; leave out a data set that is not wanted",
+        f"{flag} needs weights above 0, got {shown(' '.join(weights), 300)}; leave out a data set that is not wanted",
     )
 
 

@@ -26,6 +26,7 @@ from megatron_let.config.setting import (
 )
 from megatron_let.config.training import ScheduleConfig, TrainingConfig, ValidationConfig
 from megatron_let.errors import ConfigError
+from megatron_let.plain_json import fits, shown
 
 
 class CoreSections(NamedTuple):
@@ -66,15 +67,22 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Mapping[str, Any]], core: CoreSections) -> RunConfig:
-        """Return the config that `to_dict` wrote; a field it lacks has its default, an unknown one is an error."""
+        """Return the config that `to_dict` wrote; a field it lacks has its default, an unknown one is an error.
+
+        Raises:
+            ConfigError: an unknown field.
+            ValueError: a value of another type.
+        """
         sections = {}
+        if not fits(values, dict[str, dict[str, Any]]):
+            raise ValueError(f"{shown(values)} as settings")
         for section, section_class in section_classes(core).items():
             hints = get_type_hints(section_class)
             given = values.get(section, {})
             unknown = sorted(set(given) - {item.name for item in dataclasses.fields(section_class)})
             if unknown:
                 raise ConfigError(
-                    f"saved settings have unknown names in section {section}: {', '.join(unknown)}"
+                    f"saved settings have unknown names in section {section}: {shown(', '.join(unknown))}"
                 )
             sections[section] = section_class(
                 **{name: _from_plain(value, hints[name]) for name, value in given.items()}
@@ -160,10 +168,21 @@ def _from_plain(value: Any, annotation: Any) -> Any:
     """Return the value that `_to_plain` wrote for a field of this annotation."""
     if value is None:
         return None
-    if isinstance(value, list):
-        return tuple(value)
-    base = value_type_of(annotation).base
-    return base[value] if issubclass(base, enum.Enum) else value
+    value_type = value_type_of(annotation)
+    if (value_type.count is not None) != isinstance(value, list | tuple):
+        raise ValueError(f"{shown(value)} as {value_type.base.__name__}")
+    if isinstance(value, list | tuple):
+        return tuple(_item_from_plain(item, value_type.base) for item in value)
+    return _item_from_plain(value, value_type.base)
+
+
+def _item_from_plain(value: Any, base: type[Any]) -> Any:
+    if issubclass(base, enum.Enum) and value in base.__members__:
+        return base[value]
+    kinds = (int, float) if base is float else (base,)
+    if type(value) not in kinds:
+        raise ValueError(f"{shown(value)} as {base.__name__}")
+    return value
 
 
 def _yaml_scalar(value: Any) -> str:

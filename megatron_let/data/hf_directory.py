@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let.errors import ConfigError
+from megatron_let.plain_json import shown
 
 # Any one of these makes a directory a tokenizer directory.
 TOKENIZER_FILES = (
@@ -52,7 +53,9 @@ def load_auto_tokenizer(name_or_path: str, *, without_torch: bool = False) -> An
         )
     try:
         tokenizer = _read_without_torch(name_or_path) if without_torch else _read(name_or_path)
-    except Exception as error:  # transformers and tokenizers raise anything down to a bare Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # transformers raises anything, and the Rust below it what is no Exception
         if not is_directory:
             raise ConfigError(
                 f"tokenizer {name_or_path} is neither a directory nor in the local Hugging Face cache"
@@ -107,4 +110,4 @@ def end_of_document_id_of(tokenizer: Any) -> int | None:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's message, which may fill a page."""
-    return next(iter(str(error).splitlines()), type(error).__name__).strip()
+    return shown(next(iter(str(error).splitlines()), type(error).__name__).strip(), 300)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_let.errors import ConfigError
+from megatron_let.plain_json import fits, is_name, read_json, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -46,7 +48,7 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
             config = AutoConfig.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=trust_remote_code
             )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # what transformers raises over a spoilt value depends on where it is used
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise config_error(
                 directory,
@@ -67,14 +69,31 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
         raise config_error(
             directory, f"is an encoder-decoder ({config.model_type}), not a causal language model"
         )
+    if getattr(config, "transformers_weights", None) is not None:
+        raise config_error(
+            directory,
+            "names a weight file of its own in config.json (transformers_weights); take that line out",
+        )
     if config.get_text_config() is not config or getattr(config, "num_hidden_layers", None) is None:
         raise config_error(
             directory, f"({config.model_type}) is not a plain text decoder with numbered layers"
         )
+    for name in ("num_hidden_layers", "vocab_size"):
+        if not fits(getattr(config, name, None), int) or not getattr(config, name):
+            raise config_error(
+                directory, f"has {name} {shown(getattr(config, name, None))} in its config.json"
+            )
     return config
 
 
-def check_safetensors(directory: Path) -> None:
+class Stored(NamedTuple):
+    """What the weight files of a directory hold, by their headers."""
+
+    tensors: int
+    numbers: int
+
+
+def check_safetensors(directory: Path) -> Stored:
     """Open the header of every weight file, which also compares its length with what the header promises.
 
     Raises:
@@ -82,14 +101,18 @@ def check_safetensors(directory: Path) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
+    tensors = numbers = 0
     for file in _weight_files(directory):
         if not file.is_file():
             raise config_error(directory, f"lacks {file.name}, which its {INDEX_FILE} names")
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as content:
+                names = list(content.keys())
+                tensors += len(names)
+                numbers += sum(math.prod(content.get_slice(name).get_shape()) for name in names)
         except (SafetensorError, OSError) as error:
             raise config_error(directory, f"has a damaged or cut-off {file.name}", error) from error
+    return Stored(tensors, numbers)
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -98,17 +121,17 @@ def _weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX_FILE
     if index.is_file():
         try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            names = set(read_json(index)["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise config_error(directory, f"has an unreadable {INDEX_FILE}", error) from error
-        foreign = [str(name) for name in names if not str(name).endswith(".safetensors") or "/" in str(name)]
+        foreign = sorted(shown(name, 100) for name in names if not _is_weight_file(name))
         if foreign:
             raise config_error(
                 directory,
-                f"names {foreign[0][:100]} in its {INDEX_FILE}; only .safetensors files of its own directory are loaded, "
+                f"names {foreign[0]} in its {INDEX_FILE}; only .safetensors files of its own directory are loaded, "
                 "others can run code when read",
             )
-        return sorted(directory / str(name) for name in names)
+        return sorted(directory / name for name in names)
     pickles = sorted(file.name for file in directory.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise config_error(
@@ -117,6 +140,15 @@ def _weight_files(directory: Path) -> list[Path]:
             "and write it with save_pretrained, which makes safetensors",
         )
     raise config_error(directory, f"holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def _is_weight_file(name: Any) -> bool:
+    """Return whether a name out of an index is one of a safetensors file in the index's own directory."""
+    return (
+        isinstance(name, str)
+        and re.fullmatch(r"[^/\0]{1,200}\.safetensors", name) is not None
+        and is_name(name)
+    )
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from megatron_let.let.hf_files import (
     quiet_transformers,
     read_config,
 )
+from megatron_let.let.hf_sizes import check_sizes
 from megatron_let.let.teacher import Teacher, check_layer
 
 LOAD_ERRORS = (
@@ -32,23 +33,27 @@ LOAD_ERRORS = (
     AttributeError,
     ImportError,
     AssertionError,
+    ArithmeticError,
+    IndexError,
 )
 """What `transformers` raises for a directory it cannot make a model of."""
 
-RUN_ERRORS = (TypeError, ValueError, KeyError, AttributeError, IndexError)
+RUN_ERRORS = (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, AssertionError)
 """What a model raises that needs more than token ids; a device out of memory is not among them."""
 
 
 def check_hf_teacher(path: str | Path, *, layer: int | None, trust_remote_code: bool = False) -> Any:
-    """Look at a teacher's files without building it and return its `transformers` configuration.
+    """Look at a teacher's files without taking memory for it and return its `transformers` configuration.
 
     Raises:
-        ConfigError: not a causal language model, no readable safetensors weights, or no such layer.
+        ConfigError: not a causal language model, no readable safetensors weights, fewer of them than the model has,
+            or no such layer.
     """
     directory = Path(path)
     config = read_config(directory, trust_remote_code=trust_remote_code)
-    check_safetensors(directory)
+    stored = check_safetensors(directory)
     check_layer(directory, layer, config.num_hidden_layers)
+    check_sizes(directory, config, stored, trust_remote_code=trust_remote_code)
     return config
 
 

@@ -43,6 +43,11 @@ class FrozenGpt:
         """Return the width of the states."""
         return int(self.model.config.hidden_size)
 
+    @property
+    def num_ids(self) -> int:
+        """Return the rows of the embedding, padding included."""
+        return int(self.model.embedding.word_embeddings.weight.shape[0])
+
     @torch.no_grad()
     def states(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the states [n, l, h] of `tokens` [n, l]; every row is a sequence of its own from position 0."""
@@ -75,7 +80,7 @@ def load_frozen_gpt(
     None or the last gives the states after the final norm.
 
     Raises:
-        ConfigError: tensors are missing.
+        ConfigError: tensors are missing, or of another shape than `saved_config` says.
     """
     config = RunConfig.from_dict(saved_config, CORE_SECTIONS)
     num_layers = config.transformer.num_layers
@@ -85,13 +90,52 @@ def load_frozen_gpt(
     embedding = stored.get(_EMBEDDING)
     if embedding is None:
         raise ConfigError(f"checkpoint {directory} holds no {_EMBEDDING}: it is not a GPT checkpoint")
+    _require_stored_sizes(config, stored, directory)
     model = _build_alone(config, built, padded_vocab_size=int(embedding.size[0]), dtype=dtype, device=device)
     weights = _read(stored, directory, names=_stored_names(model))
-    model.load_state_dict(_to_module_names(model, weights), strict=True)
+    _fill(model, weights, directory)
     model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     has_positions = config.model.position_embedding_type == "learned_absolute"
     limit = config.model.max_position_embeddings if has_positions else config.model.seq_length
     return FrozenGpt(model, context_length=limit, with_final_norm=built == num_layers)
+
+
+def _require_stored_sizes(
+    config: RunConfig, stored: Mapping[str, TensorStorageMetadata], directory: Path
+) -> None:
+    """Hold the sizes in the settings against the stored tensors, before memory is taken for a model of those sizes."""
+    sizes = config.transformer
+    kv_channels = sizes.kv_channels or sizes.hidden_size // (sizes.num_attention_heads or 1)
+    ffn_size = sizes.ffn_hidden_size or 4 * sizes.hidden_size
+    expected = {
+        "decoder.layers.self_attention.linear_proj.weight": (
+            sizes.num_layers,
+            sizes.hidden_size,
+            sizes.num_attention_heads * kv_channels,
+        ),
+        "decoder.layers.mlp.linear_fc2.weight": (sizes.num_layers, sizes.hidden_size, ffn_size),
+        "embedding.position_embeddings.weight": (config.model.max_position_embeddings, sizes.hidden_size),
+    }
+    for name, shape in expected.items():
+        if name in stored and tuple(stored[name].size) != shape:
+            raise ConfigError(
+                f"checkpoint {directory} holds {name} of shape {tuple(stored[name].size)}, its settings say {shape}"
+            )
+    queries = stored.get("decoder.layers.self_attention.linear_qkv.weight")
+    groups = sizes.num_query_groups or sizes.num_attention_heads
+    if queries is not None and (sizes.num_attention_heads + 2 * groups) * kv_channels not in queries.size:
+        raise ConfigError(
+            f"checkpoint {directory} holds queries of shape {tuple(queries.size)}, its settings say "
+            f"{sizes.num_attention_heads} heads in {groups} groups of width {kv_channels}"
+        )
+
+
+def _fill(model: GPTModel, weights: Mapping[str, torch.Tensor], directory: Path) -> None:
+    try:
+        model.load_state_dict(_to_module_names(model, weights), strict=True)
+    except (RuntimeError, IndexError) as error:  # another shape than the module's
+        text = " ".join(str(error).split())[:300]
+        raise ConfigError(f"checkpoint {directory} does not fit its own settings: {text}") from error
 
 
 def _build_alone(

@@ -12,8 +12,10 @@ from megatron_let.log import LOGGER
 from megatron_let.mcore.checkpoint import ITERATION, RUN, SCHEDULER, load_common
 from megatron_let.mcore.checkpoint_reader import check_objects
 from megatron_let.mcore.parallel import ParallelContext
+from megatron_let.plain_json import shown
 from megatron_let.training import checkpoint_files as files
 from megatron_let.training.checkpoints import TokenizerRecord
+from megatron_let.training.saved_run import require_run
 
 # Settings that decide the shapes of the weights: a checkpoint fits only a run that agrees on all of them.
 _SHAPES = {
@@ -104,14 +106,15 @@ def read_run(directory: Path, context: ParallelContext) -> dict[str, Any]:
     damage happens by itself, and this does not.
 
     Raises:
-        ConfigError: it was not written by this project, or is not safe to load.
+        ConfigError: it was not written by this project, is not safe to load, or lacks a value.
     """
     context.on_rank_0(lambda: check_objects(directory))
     common = context.together(lambda: load_common(directory))
     if RUN not in common:
         raise ConfigError(
-            f"checkpoint {directory} (iteration {common.get(ITERATION)}) was not written by megatron_let; give one that was"
+            f"checkpoint {directory} (iteration {shown(common.get(ITERATION))}) was not written by megatron_let; give one that was"
         )
+    require_run(common[RUN], directory)
     return {**common[RUN], SCHEDULER: common.get(SCHEDULER)}
 
 
@@ -137,7 +140,9 @@ def check_same_model(
         names += [(section, name) for section, text in _MEANING.items() for name in text.split()]
     pairs = [(name, now[section][name], then[section].get(name)) for section, name in names]
     pairs.append(("token ids", tokenizer.vocab_size, run["vocab_size"]))
-    differences = [f"{name} {mine} (checkpoint: {theirs})" for name, mine, theirs in pairs if mine != theirs]
+    differences = [
+        f"{name} {mine} (checkpoint: {shown(theirs, 30)})" for name, mine, theirs in pairs if mine != theirs
+    ]
     if differences:
         raise ConfigError(
             f"checkpoint {directory} holds another model: {', '.join(differences)}; give its settings or another --load"
@@ -145,9 +150,7 @@ def check_same_model(
     mine, theirs = tokenizer.fingerprint, run["tokenizer_fingerprint"]
     if None in (mine, theirs) or mine == theirs:
         return
-    message = (
-        f"checkpoint {directory} was trained with another tokenizer ({theirs[:12]}, now {str(mine)[:12]})"
-    )
+    message = f"checkpoint {directory} was trained with another tokenizer ({shown(theirs[:12])}, now {str(mine)[:12]})"
     if not config.checkpoint.finetune:
         raise ConfigError(f"{message}; give its tokenizer, or --finetune to start anew from its weights")
     LOGGER.warning(message)

@@ -12,6 +12,8 @@ from megatron_let.log import LOGGER
 from megatron_let.mcore.checkpoint import SCHEDULER, Parts, load_content
 from megatron_let.mcore.optimizer import load_schedule, schedule_state, set_learning_rates
 from megatron_let.mcore.parallel import ParallelContext
+from megatron_let.plain_json import fits, shown
+from megatron_let.training.saved_values import incomplete
 from megatron_let.training.state import TrainingState
 
 
@@ -54,12 +56,27 @@ def load_checkpoint(
         LOGGER.info(f"weights loaded from {directory}; iteration and data start at 0 (--finetune)")
         return TrainingState()
     if parts.scheduler is not None and with_optimizer:
+        require_schedule(parts.scheduler, run[SCHEDULER], directory)
         restore_schedule(parts.scheduler, run[SCHEDULER], config, run["config"])
     state = TrainingState(**run["state"])
     if parts.scheduler is not None and not with_optimizer:
         parts.scheduler.step(increment=state.consumed_samples)
     LOGGER.info(f"loaded {directory} at iteration {state.iteration}")
     return state
+
+
+def require_schedule(scheduler: Any, saved: Any, directory: Path) -> None:
+    """Raise ConfigError unless `saved` has the names of a scheduler's state, each with a value of its kind."""
+    current = schedule_state(scheduler)
+    try:
+        if not isinstance(saved, dict) or not scheduler.state_dict().keys() <= saved.keys() <= current.keys():
+            raise ValueError(f"the schedule is {shown(saved)}")
+        for name, value in saved.items():
+            is_number = fits(value, int | float | None) and not isinstance(current[name], str | bool)
+            if not is_number and type(value) is not type(current[name]):
+                raise ValueError(f"{name} is {shown(value)}")
+    except ValueError as error:
+        raise incomplete(directory, error) from error
 
 
 def restore_schedule(
@@ -86,7 +103,7 @@ def restore_schedule(
         for name, value in {**saved, **_decoupled_rates(saved_config)}.items():
             if name != "num_steps" and current[name] != value:
                 raise ConfigError(
-                    f"{name.replace('_', ' ')} is {current[name]} but the checkpoint was trained with {value}; give "
+                    f"{name.replace('_', ' ')} is {current[name]} but the checkpoint was trained with {shown(value)}; give "
                     "--override-opt_param-scheduler for the new value or --use-checkpoint-opt_param-scheduler for the old"
                 )
     if not schedule.use_checkpoint_opt_param_scheduler:

@@ -19,6 +19,7 @@ from megatron_let.errors import ConfigError
 from megatron_let.log import LOGGER
 from megatron_let.mcore.datasets import DataSplits, sample_origin, split_parts, training_weights
 from megatron_let.mcore.parallel import ParallelContext
+from megatron_let.plain_json import shown
 
 _PROBES = 256
 _SAMPLE_BYTES = 1 << 16
@@ -106,12 +107,12 @@ def check_same_data(
     if then is None:
         return
     differences = [
-        f"{flag} {value} (checkpoint: {then['settings'].get(flag)})"
+        f"{flag} {value} (checkpoint: {shown(then['settings'].get(flag))})"
         for flag, value in record.settings.items()
         if then["settings"].get(flag) != value
     ]
     if record.weights != then["weights"]:
-        differences.append(f"blend weights {record.weights} (checkpoint: {then['weights']})")
+        differences.append(f"blend weights {shown(record.weights)} (checkpoint: {shown(then['weights'])})")
     differences += _changed_files(config, record.files, then["files"])
     _refuse(config, directory, differences)
 

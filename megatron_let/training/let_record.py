@@ -13,6 +13,7 @@ from megatron_let.errors import ConfigError
 from megatron_let.exit_status import EXIT_STATUS_FILE
 from megatron_let.let import LetSchedule, default_student_layer, resolve_stop
 from megatron_let.let.schedule import DEFAULT_STOP_FRACTION
+from megatron_let.plain_json import shown
 from megatron_let.training.teachers import teacher_dtype, teacher_files
 
 # Files of a teacher directory that decide what it computes.
@@ -96,7 +97,7 @@ def reconcile(
     for name, value in values.items():
         if saved[name] != value:
             raise ConfigError(
-                f"LET setting {name.replace('_', ' ')} is {value} but the checkpoint was trained with {saved[name]}; "
+                f"LET setting {name.replace('_', ' ')} is {value} but the checkpoint was trained with {shown(saved[name])}; "
                 "give the checkpoint's value, or --let-override to accept the change"
             )
     return LetRecord(**values)

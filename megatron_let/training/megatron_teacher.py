@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 
+from megatron_let.config.run_config import RunConfig
 from megatron_let.errors import ConfigError
 from megatron_let.let import Teacher
 from megatron_let.let.teacher import check_layer
 from megatron_let.mcore.checkpoint import RUN, load_common
 from megatron_let.mcore.frozen_gpt import FrozenGpt, load_frozen_gpt
 from megatron_let.mcore.parallel import ParallelContext
+from megatron_let.mcore.settings import CORE_SECTIONS
+from megatron_let.plain_json import fits, shown
 from megatron_let.training.checkpoint_files import find_damage, newest_iteration_directory
+from megatron_let.training.saved_values import incomplete, require_vocabulary
 
 
 class MegatronTeacher(Teacher):
@@ -72,7 +76,14 @@ def check_megatron_teacher(path: Path, *, layer: int | None) -> tuple[Path, dict
     run = load_common(directory).get(RUN)
     if run is None:
         raise ConfigError(f"teacher checkpoint {directory} was not written by megatron_let; convert it first")
-    check_layer(directory, layer, run["config"]["transformer"]["num_layers"])
+    try:
+        require_vocabulary(run)
+        num_layers = RunConfig.from_dict(run["config"], CORE_SECTIONS).transformer.num_layers
+        if not fits(num_layers, int):
+            raise ValueError(f"num_layers is {shown(num_layers)}")
+    except (KeyError, ValueError) as error:
+        raise incomplete(directory, error) from error
+    check_layer(directory, layer, num_layers)
     return directory, run
 
 
@@ -88,6 +99,10 @@ def load_megatron_teacher(
     gpt = load_frozen_gpt(directory, run["config"], layer=layer, dtype=dtype, device=context.device)
     shown = f"{directory} (layer {layer or 'last'}, width {gpt.hidden_size})"
     teacher = MegatronTeacher(gpt, vocab_size=int(run["vocab_size"]), description=shown)
+    if teacher.vocab_size > gpt.num_ids:
+        raise ConfigError(
+            f"teacher checkpoint {directory} says that it knows {teacher.vocab_size} ids and embeds {gpt.num_ids}"
+        )
     first_ids = torch.arange(min(2, teacher.vocab_size), device=context.device)[None]
     if not bool(torch.isfinite(teacher.states(first_ids)).all()):
         raise ConfigError(

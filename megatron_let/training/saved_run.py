@@ -1,0 +1,52 @@
+"""Are the plain values of a checkpoint those that a run of this version writes? Looked at once, before any is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_let.plain_json import require_fields
+from megatron_let.training.data_record import DataRecord
+from megatron_let.training.let_record import LetRecord
+from megatron_let.training.saved_values import incomplete, require_value, require_vocabulary
+from megatron_let.training.state import TrainingState
+
+# Settings that a load looks up, by section; what else a checkpoint has or lacks may differ between versions.
+_LOOKED_UP: dict[str, dict[str, Any]] = {
+    "transformer": {"tensor_model_parallel_size": int, "pipeline_model_parallel_size": int},
+    "checkpoint": {"no_save_rng": bool, "no_save_optim": bool},
+    "optimizer": {"decoupled_lr": float | None, "decoupled_min_lr": float | None},
+    "schedule": {"lr_decay_iters": int | None, "lr_decay_samples": int | None},
+    "training": {"train_iters": int | None, "train_samples": int | None},
+    "model": {},
+}
+_ORIGIN = 4
+"""Numbers of an entry of the order: the sample's, and where it comes from."""
+
+
+def require_run(run: dict[str, Any], directory: Path) -> None:
+    """Check what a checkpoint says of its run, the scheduler's state left out.
+
+    Raises:
+        ConfigError: a value is missing or of another kind.
+    """
+    try:
+        require_fields(TrainingState, run["state"])
+        _require_settings(run["config"])
+        require_vocabulary(run)
+        if run["let"] is not None:
+            require_fields(LetRecord, run["let"])
+        if run.get("data") is not None:
+            require_fields(DataRecord, run["data"])
+            if any(len(entry) != _ORIGIN for entry in run["data"]["order"]):
+                raise ValueError("the order of the data is damaged")
+    except (KeyError, ValueError) as error:
+        raise incomplete(directory, error) from error
+
+
+def _require_settings(config: Any) -> None:
+    require_value("config", config, dict[str, dict[str, Any]])
+    for section, names in _LOOKED_UP.items():
+        for name, annotation in names.items():
+            require_value(name, config[section][name], annotation)
+        require_value(section, config[section], dict[str, Any])

@@ -30,6 +30,8 @@ TOKENIZER_TYPES = ("HuggingFaceTokenizer", "GPT2BPETokenizer", *SENTENCEPIECE_TY
 # megatron.core's own mark for "no pad token in the data": no label equals it, so no loss is masked.
 NO_PAD = -1
 GPT2_END_OF_TEXT = "<|endoftext|>"
+# Gaps between ids are rows of the embedding that nothing trains: some are usual, billions are a mistake.
+_IDS_PER_TOKEN, _FREE_IDS = 16, 1 << 16
 
 
 class Tokenizer(ABC):
@@ -268,7 +270,13 @@ def _given(value: str | None, flag: str, tokenizer_type: str) -> str:
 def _largest_id(token_to_id: Mapping[str, int], name: str) -> int:
     if not token_to_id:
         raise ConfigError(f"tokenizer {name} has an empty vocabulary")
-    return max(token_to_id.values())
+    largest = max(token_to_id.values())
+    if largest > _IDS_PER_TOKEN * len(token_to_id) + _FREE_IDS:
+        raise ConfigError(
+            f"tokenizer {name} gives id {largest} to a token and has {len(token_to_id)} tokens: an embedding has a row for "
+            "each id up to the largest; number the tokens anew"
+        )
+    return largest
 
 
 def _require_eod(token_id: int | None, name: str) -> int:

@@ -1,0 +1,1 @@
+"""Spoilt input of every kind, made from honest input: used, or refused in one line."""

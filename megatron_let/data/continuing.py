@@ -40,12 +40,12 @@ def arguments_of(settings: PreprocessSettings, tokenizer: Tokenizer) -> dict[str
     }
 
 
-def require_same(journal: Journal, arguments: Mapping[str, Any]) -> None:
+def require_same(journal: Journal, arguments: Mapping[str, Any], directory: Path) -> None:
     """Raise ConfigError unless a run with `arguments` goes on with the one of the journal."""
     if changes := changed_arguments(arguments, journal.arguments):
         raise ConfigError(
-            f"a stopped run lies under this --output-prefix, with other arguments ({changes}): give the same to go "
-            "on, or --restart to begin anew"
+            f"a stopped run lies under this --output-prefix ({directory}), with other arguments ({changes}): give the "
+            "same to go on, or --restart to begin anew"
         )
 
 

@@ -75,7 +75,7 @@ def preprocess(
     with WorkingDirectory(settings.output_prefix) as directory:
         journal = None if settings.restart else directory.read_journal()
         if journal is not None:
-            require_same(journal, arguments)
+            require_same(journal, arguments, directory.path)
         if journal is None or not journal.installing:
             run = _Run(settings, tokenizer, directory, write_line)
             journal = Journal(arguments, run.complete(journal, arguments), installing=True)

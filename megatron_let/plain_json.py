@@ -94,8 +94,13 @@ def shown(value: object, limit: int = 80) -> str:
     """
     if not isinstance(value, str):
         return quoted(value, limit)
-    text = repr(value[: limit + 1])[1:-1]
+    text = printable(value[: limit + 1])
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def printable(text: str) -> str:
+    """Return a text with everything escaped that is no sign on a line: controls, breaks, half characters."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def quoted(value: object, limit: int = 80) -> str:

@@ -100,7 +100,8 @@ def read_yaml(path: str) -> dict[str, Any]:
     try:
         content = yaml.load(text, Loader=_PlainLoader)
     except yaml.YAMLError as problem:
-        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(problem).split())}") from problem
+        what = shown(" ".join(str(problem).split()), 400)
+        raise ConfigError(f"--config {path} is not YAML: {what}") from problem
     except _BAD_VALUES as problem:  # a tag or a number that PyYAML fails to make a value of
         what = shown(str(problem)) or type(problem).__name__
         raise ConfigError(f"--config {path} holds a value that cannot be read: {what}") from problem

@@ -27,8 +27,7 @@ def config_error(directory: Path, problem: str, cause: Exception | None = None) 
 
 def shorten(error: Exception, limit: int = 300) -> str:
     """Return an error's message on one line of at most `limit` characters, or its class where it has none."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return shown(" ".join(str(error).split()) or type(error).__name__, limit)
 
 
 def read_config(directory: Path, *, trust_remote_code: bool) -> Any:

@@ -166,7 +166,7 @@ def use_manifest(content: bytes, root: Path, copy: Path) -> None:
     said(use, copy.parent)
 
 
-@fuzz(250)
+@fuzz(150)
 @given(changes=CHANGES)
 def test_a_manifest_of_other_values_is_used_or_refused(changes: Changes, root: Path) -> None:
     content = change(json.loads(manifest_of(root)[1]), changes)

@@ -46,7 +46,21 @@ _DEEP, _LONG, _NESTED = "<deep>", "<long>", "<nested>"
 ODD: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 3, 1.5, 1 << 31, -(1 << 63), 1 << 63, 10**18, 10**30, 1e308),
     *(float("nan"), float("inf"), -float("inf")),
-    *("", " ", "x", "x" * 300, "ü", "../../x", "/etc/passwd", "a/b", "..", "a\0b", "\ud800", "line\nline", "1e999"),
+    *(
+        "",
+        " ",
+        "x",
+        "x" * 300,
+        "ü",
+        "../../x",
+        "/etc/passwd",
+        "a/b",
+        "..",
+        "a\0b",
+        "\ud800",
+        "line\nline",
+        "1e999",
+    ),
     *([], {}, [1], ["x"], {"x": 1}, [[]], [[1, 2, 3, 4]], _DEEP, _LONG, _NESTED),
 )
 Changes = list[tuple[str, list[float], Any]]

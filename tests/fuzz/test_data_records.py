@@ -104,16 +104,22 @@ def go_on(root: Path, killed: Killed, journal: bytes) -> str | None:
     for name, content in killed.items():
         (directory / name).write_bytes(content)
     (directory / "journal.json").write_bytes(journal)
-    before = {path for path in root.parent.rglob("*") if "out" not in path.name and directory not in path.parents}
+    before = {
+        path for path in root.parent.rglob("*") if "out" not in path.name and directory not in path.parents
+    }
     message = said(lambda: preprocess(settings_in(root), TOKENIZER, lambda line: None), root)
-    after = {path for path in root.parent.rglob("*") if "out" not in path.name and directory not in path.parents}
+    after = {
+        path for path in root.parent.rglob("*") if "out" not in path.name and directory not in path.parents
+    }
     assert before == after, "nothing is written or moved outside the names of the run"
     return message
 
 
 @fuzz(60)
 @given(changes=CHANGES)
-def test_a_journal_of_other_values_is_taken_up_or_refused(changes: Changes, root: Path, killed: Killed) -> None:
+def test_a_journal_of_other_values_is_taken_up_or_refused(
+    changes: Changes, root: Path, killed: Killed
+) -> None:
     go_on(root, killed, to_json(change(json.loads(killed["journal.json"]), changes)))
 
 
@@ -212,7 +218,14 @@ def test_a_name_given_twice_in_a_manifest(root: Path, tmp_path: Path) -> None:
 
 BLENDS = {"train": ["0.5", "a", 0.5, "b"], "valid": "c", "test": None}
 NOT_GIVEN = dict.fromkeys(
-    "data_path train_data_path valid_data_path test_data_path data_args_path per_split_data_args_path".split()
+    [
+        "data_path",
+        "train_data_path",
+        "valid_data_path",
+        "test_data_path",
+        "data_args_path",
+        "per_split_data_args_path",
+    ]
 )
 
 
@@ -242,7 +255,9 @@ def test_spoilt_data_arguments_are_used_or_refused(edits: Edits, root: Path) -> 
         ("per_split_data_args_path", b'{"train": [NaN, "a"]}', "NaN is no number"),
     ],
 )
-def test_a_file_of_data_sets_that_names_none(name: str, content: bytes, expected: str, tmp_path: Path) -> None:
+def test_a_file_of_data_sets_that_names_none(
+    name: str, content: bytes, expected: str, tmp_path: Path
+) -> None:
     message = use_data_file(name, content, tmp_path / "file")
     assert message is not None
     assert expected.replace("'", "").replace("\\\\", "\\") in message

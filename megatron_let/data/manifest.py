@@ -170,6 +170,10 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and value.isascii()
+
+
 def _is_text_or_none(value: Any) -> bool:
     return isinstance(value, str | None)
 
@@ -199,10 +203,11 @@ def _are_subsets(value: Any) -> bool:
 
 
 _COUNTS = "vocab_size eod max_token_id documents sequences tokens bytes records eod_in_text"
-_TEXTS = "tokenizer_type tokenizer_name dtype json_key bin_sha256 idx_sha256 tool_version"
+_TEXTS = "tokenizer_type tokenizer_name dtype json_key tool_version"
 _RULES: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(_COUNTS.split(), _is_count),
     **dict.fromkeys(_TEXTS.split(), _is_text),
+    **dict.fromkeys(("bin_sha256", "idx_sha256"), _is_digest),
     "append_eod": lambda value: isinstance(value, bool),
     "tokenizer_fingerprint": _is_text_or_none,
     "subset": _is_text_or_none,

@@ -93,8 +93,8 @@ def use(common: Common, directory: Path, root: Path) -> str | None:
         state = TrainingState(**run["state"])
         sample_counts(config, total_iterations(config, 1, state), state)
         check_same_data(config, DataRecord(**honest["data"]), run, directory)
-        scheduler = build_lr_scheduler(config, optimizer())  # type: ignore[arg-type]
-        saved = load_common(directory).get(SCHEDULER)
+        scheduler = build_lr_scheduler(config, optimizer())
+        saved: Any = load_common(directory).get(SCHEDULER)
         require_schedule(scheduler, saved, directory)
         restore_schedule(scheduler, saved, config, run["config"])
 
@@ -137,6 +137,7 @@ def all_paths(value: Any, depth: int = 3) -> list[tuple[str, ...]]:
 def test_each_value_that_is_missing_or_of_another_kind(common: Common, directory: Path, root: Path) -> None:
     messages = []
     for path in all_paths({name: common[RUN][name] for name in ("state", "let", "data", "vocab_size")}):
+        odd: Any
         for odd in (None, "x", -1, [1], {}):
             values = json.loads(json.dumps(common[RUN]))
             place = values

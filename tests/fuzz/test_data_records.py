@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import given
@@ -17,6 +16,7 @@ from megatron_let.data.identity import data_identity
 from megatron_let.data.indexed import check_indexed
 from megatron_let.data.manifest import manifest_path, read_manifest, require_manifest_of
 from megatron_let.data.merge import merge
+from megatron_let.data.outputs import Outputs
 from megatron_let.data.preprocess import describe, preprocess
 from megatron_let.data.preprocess_settings import PreprocessSettings
 from megatron_let.data.tokenizers import NullTokenizer
@@ -60,28 +60,26 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def killed(request: pytest.FixtureRequest, root: Path) -> Killed:
     """Return the working files of a run that was killed."""
     clear(root)
-    commits = 0
+    blocks = 0
+    add = Outputs.add
 
-    def kill(*_: Any) -> None:
-        nonlocal commits
-        commits += 1
-        if commits > 3 or request.param == "while installing":
+    def kill(*_: object) -> NoReturn:
+        raise _Kill
+
+    def add_some(*given: Any) -> None:
+        nonlocal blocks
+        blocks += 1
+        if blocks > 3:
             raise _Kill
+        add(*given)
 
-    place = (
-        "megatron_let.data.preprocess.install"
-        if request.param == "while installing"
-        else "megatron_let.data.outputs.Outputs.add"
-    )
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(_Kill):
+    with pytest.MonkeyPatch.context() as patch:
         if request.param == "while installing":
-            patch.setattr(place, kill)
+            patch.setattr("megatron_let.data.preprocess.install", kill)
         else:
-            from megatron_let.data.outputs import Outputs
-
-            add: Callable[..., None] = Outputs.add
-            patch.setattr(place, lambda *given: (kill(), add(*given)))
-        preprocess(settings_in(root), TOKENIZER, lambda line: None)
+            patch.setattr(Outputs, "add", add_some)
+        with pytest.raises(_Kill):
+            preprocess(settings_in(root), TOKENIZER, lambda line: None)
     directory = root / "out.partial"
     content = {path.name: path.read_bytes() for path in directory.iterdir()}
     shutil.rmtree(directory)
@@ -107,7 +105,8 @@ def go_on(root: Path, killed: Killed, journal: bytes) -> str | None:
     before = {
         path for path in root.parent.rglob("*") if "out" not in path.name and directory not in path.parents
     }
-    message = said(lambda: preprocess(settings_in(root), TOKENIZER, lambda line: None), root)
+    message = said(lambda: preprocess(settings_in(root), TOKENIZER, lambda line: None), "")
+    assert message is None or str(root) in message or "--input names other files" in message
     after = {
         path for path in root.parent.rglob("*") if "out" not in path.name and directory not in path.parents
     }
@@ -193,6 +192,7 @@ def test_a_manifest_of_other_bytes_is_used_or_refused(edits: Edits, root: Path) 
         ({"sources": [{"path": 1}]}, "no proper sources;"),
         ({"subsets": {"a": {"tokens": "x"}}}, "no proper subsets;"),
         ({"tokens": -2, "append_eod": 1}, "no proper tokens, append_eod;"),
+        ({"idx_sha256": "\ud800"}, "no proper idx_sha256;"),
         ({"version": True}, "it has no version number"),
         ({"tool_version": 10**50}, "a number of 51 digits"),
         ({"more": float("inf")}, "Infinity is no number of JSON"),

@@ -157,6 +157,15 @@ def _in_embedding(trainer: Trainer, clock: _Clock, fault: Fault, _: Told) -> Ite
 
 
 @contextmanager
+def _in_losses(trainer: Trainer, clock: _Clock, fault: Fault, _: Told) -> Iterator[None]:
+    """The losses of the tokens are larger by a number that no gradient knows of."""
+    chunk = trainer.run.parts.student.gpt_chunks[-1]
+    if chunk.post_process:
+        chunk.register_forward_hook(lambda *args: args[-1] + fault.value if clock.is_due() else None)
+    yield
+
+
+@contextmanager
 def _in_output(trainer: Trainer, clock: _Clock, fault: Fault, _: Told) -> Iterator[None]:
     """The last layer of the last chunk on a rank gives a bad number."""
     chunk = trainer.run.parts.student.gpt_chunks[-1]
@@ -266,6 +275,7 @@ def _spoil(tensor: torch.Tensor, clock: _Clock, fault: Fault) -> torch.Tensor:
 _PLACES: dict[str, Callable[..., Any]] = {
     "nowhere": _nothing,
     "embedding": _in_embedding,
+    "spike": _in_losses,
     "output": _in_output,
     "backward": _in_backward,
     "parameter": _in_parameter,

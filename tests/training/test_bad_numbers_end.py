@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ from megatron_let.testing.training import (
     train,
 )
 from tests.training.bad_input import assert_readable, refusal
-from tests.training.injected import Fault
-from tests.training.test_bad_numbers import LAYOUTS, assert_skipped, run
+from tests.training.injected import Fault, train_with
+from tests.training.test_bad_numbers import LAYOUTS, PLAIN, assert_skipped, run
 
 LET: dict[str, Any] = {"--let-weight": 1.0, "--let-student-layer": 2, "--let-stop-iters": 5}
 
@@ -104,9 +106,9 @@ def test_without_a_good_iteration_or_a_place_nothing_is_saved_and_it_is_said(
 def test_a_poisoned_weight_is_named_and_never_saved(pool: RankPool, tmp_path: Path) -> None:
     """The weights came in like this: no skipped iteration makes them better."""
     changes = {"--max-skipped-iterations": 2, "--save": tmp_path, "--save-interval": 1}
-    told = run(
-        pool, Fault("weight", (2,), parameter="decoder.layers.2.mlp.linear_fc2.weight", rank=1), changes
-    )
+    fault = Fault("weight", (2,), parameter="decoder.layers.2.mlp.linear_fc2.weight", rank=1)
+    told, other = pool.run(2, train_with, arguments(TINY_STUDENT, {**PLAIN, **changes}), fault)
+    assert (told.code, told.error) == (other.code, other.error)
     name = "the weight decoder.layers.2.mlp.linear_fc2.weight itself holds nan on rank 1 (pipeline stage 0, tensor 0, data 1)"
     assert told.code == 4
     assert name in told.warnings("iteration 2 skipped")[0]
@@ -150,7 +152,7 @@ def test_a_teacher_is_judged_at_masked_positions_too(
 def test_a_teacher_of_zeros_is_no_nan(pool: RankPool, let: dict[str, Any], tmp_path: Path) -> None:
     told = run(pool, Fault("teacher", (2, 3), value=0.0), {**let, "--save": tmp_path}, world_size=1)
     assert told.code == 0
-    assert told.warnings("") == []
+    assert told.warnings("iteration") == []
     assert [row["let_cosine"] == 0 for row in numbers(tmp_path)] == [False, True, True, False, False]
     assert [row["let_loss"] == 0 for row in numbers(tmp_path)] == [False, True, True, False, False]
 
@@ -197,38 +199,21 @@ def test_settings_without_effect_and_out_of_range_are_refused(pool: RankPool) ->
 
 
 def test_the_program_ends_with_code_4_and_says_so_once(tmp_path: Path) -> None:
-    """A teacher whose weights hold NaN, through the real entry point."""
-    status = end_of_program(tmp_path)
-    assert status["exit_code"] == 4
-    assert "the teacher" in status["message"]
-    assert "gave nan at iteration 1" in status["message"]
-
-
-def end_of_program(directory: Path) -> dict[str, Any]:
-    """Run `pretrain_let.py` with a teacher of NaN; return its exit status file, held against the real exit code."""
-    import subprocess
-    import sys
-
-    from safetensors.torch import load_file, save_file
-
-    from megatron_let.testing.tiny_teachers import write_tiny_teacher
-
-    root = Path(__file__).parents[2]
-    (directory / "teacher").mkdir()
-    write_tiny_teacher("llama", directory / "teacher")
-    file = next((directory / "teacher").glob("*.safetensors"))
-    tensors = load_file(file)
-    tensors["model.norm.weight"][3] = float("nan")
-    save_file(tensors, file, metadata={"format": "pt"})
+    """One step of 1e30, and every loss after it is none: a divergence through the real entry point."""
     words = {
-        **LET,
         "--mock-data": None,
-        "--let-teacher-load": directory / "teacher",
-        "--save": directory / "save",
+        "--lr": 1e30,
+        "--clip-grad": 0,
+        "--max-skipped-iterations": 2,
+        "--save": tmp_path,
     }
     command = [sys.executable, "pretrain_let.py", *arguments(TINY_STUDENT, words)]
+    root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
-    status: dict[str, Any] = json.loads((directory / "save" / "exit_status.json").read_text())
-    assert done.returncode == status["exit_code"], done.stderr
-    assert done.stderr.count("error: the teacher") == 1
-    return status
+    status = json.loads((tmp_path / "exit_status.json").read_text())
+    assert done.returncode == status["exit_code"] == 4, done.stderr
+    assert status["iteration"] == 1
+    error = "error: 2 iterations in a row up to 3 had NaN or infinity"
+    assert status["message"].startswith(error)
+    assert done.stderr.count(error) == 1
+    assert "Traceback" not in done.stderr

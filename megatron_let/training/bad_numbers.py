@@ -72,6 +72,7 @@ class BadNumbersGuard:
         self._in_a_row = 0
         self._last_line = ""
         self._ending: str | None = None
+        self._advice = ""
 
     def begin_iteration(self) -> None:
         """Forget what the iteration before left."""
@@ -117,6 +118,7 @@ class BadNumbersGuard:
                 f"{self._in_a_row} iterations in a row up to {state.iteration} had NaN or infinity "
                 f"(--max-skipped-iterations), the last: {self._last_line}"
             )
+            self._advice = "look at these or lower --lr, then resume with --load"
 
     def state_to_save(self, state: TrainingState) -> TrainingState:
         """Return the state that a checkpoint of now is of: the present one, or the last good one in a bad stretch.
@@ -142,7 +144,9 @@ class BadNumbersGuard:
     def error(self, state: TrainingState, *, saved: str) -> BadNumbersError:
         """Return the error that ends the run: what was bad, what was `saved`, what to do."""
         first, last = self._good.consumed_samples, state.consumed_samples - 1
-        return BadNumbersError(f"{self._ending}; {saved}; training samples {first} to {last} were being read")
+        return BadNumbersError(
+            f"{self._ending}; {saved}; training samples {first} to {last} were being read; {self._advice}"
+        )
 
     def _step_regardless(self, optimizer: Any, state: TrainingState) -> StepOutcome:
         is_updated, grad_norm, num_zeros = optimizer.step()
@@ -185,8 +189,10 @@ class BadNumbersGuard:
         if teacher is not None:
             self._ending = (
                 f"the teacher {self._config.let.let_teacher_load} gave {teacher.value} at iteration {iteration} on "
-                f"{teacher.where}; the student has not met it: check the teacher's files, or give it more range with "
-                "--let-teacher-dtype bf16 or fp32"
+                f"{teacher.where}; the student has not met it"
+            )
+            self._advice = (
+                "check the teacher's files, or give it more range with --let-teacher-dtype bf16 or fp32"
             )
             return
         self._last_line = describe(findings, grad_norm=grad_norm)

@@ -93,7 +93,6 @@ class BadNumbersGuard:
         search = Search(self._context, self._watch, self._alignment)
         is_scaled = self._config.transformer.fp16  # an overflow is the loss scaler's to see first
         is_bad = bool(totals.losses or totals.teacher or totals.alignment)
-        grad_norm: float | None = None
         if is_bad or (totals.gradients and not is_scaled):
             self._note(state, self._together(search.findings(losses)))
             return StepOutcome(False, True, None, None)
@@ -103,8 +102,9 @@ class BadNumbersGuard:
             findings = self._together([*search.findings(losses), *search.reduced()])
             self._note(state, findings, grad_norm=math.inf if grad_norm is None else grad_norm)
             return StepOutcome(False, True, grad_norm, None)
-        self._in_a_row = 0
-        spike = self._spikes.add(totals.loss)
+        if is_updated:  # an overflow of fp16 in between neither adds to a bad stretch nor ends it
+            self._in_a_row = 0
+        spike = self._spikes.add(totals.loss) if math.isfinite(totals.loss) else None
         if spike is not None:
             LOGGER.warning(f"loss spike at iteration {state.iteration + 1}: {spike}")
         return StepOutcome(is_updated, False, grad_norm, num_zeros)

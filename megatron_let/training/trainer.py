@@ -208,7 +208,7 @@ class Trainer:
         is_saved = self._last_saved == state.iteration
         if run.config.checkpoint.save is None or is_saved or run.config.validation.skip_train:
             return
-        if poisoned := self._guard.poisoned_weight():
+        if poisoned := self._poisoned_weight():
             raise BadNumbersError(
                 f"iteration {state.iteration} is not saved: {poisoned}; resume from an older checkpoint"
             )
@@ -232,7 +232,7 @@ class Trainer:
     def _end_with_bad_numbers(self) -> NoReturn:
         """Save the last good state, unless it is, and raise BadNumbersError; every rank calls this."""
         good = self._guard.state_to_save(self.state)
-        poisoned = self._guard.poisoned_weight()
+        poisoned = self._poisoned_weight()
         if poisoned is None:
             self._save()
         if poisoned is not None:
@@ -246,6 +246,10 @@ class Trainer:
         error = self._guard.error(self.state, saved=saved)
         self.state = good
         raise error
+
+    def _poisoned_weight(self) -> str | None:
+        with self._gathered():
+            return self._guard.poisoned_weight()
 
     def _gathered(self) -> AbstractContextManager[None]:
         return gathered_parameters(self.run.config, self.run.parts.student)

@@ -130,17 +130,16 @@ def test_an_infinity_that_arises_in_the_sum_over_ranks_is_found(layout: str, poo
 
 
 def test_rows_show_the_count_and_leave_bad_losses_out(pool: RankPool, tmp_path: Path) -> None:
-    fault, changes = Fault("embedding", (3, 4)), {"--save": tmp_path, "--log-interval": 2, "--train-iters": 6}
+    fault, changes = Fault("embedding", (3, 4)), {"--save": tmp_path, "--log-interval": 3, "--train-iters": 6}
     told = run(pool, fault, changes)
     assert told.is_changed() == [True, True, False, False, True, True]
     rows = training_rows(tmp_path)
-    assert [row["nan_iterations"] for row in rows] == [0, 2, 2]
-    assert [row["skipped_iterations"] for row in rows] == [0, 2, 2]
-    assert rows[1]["lm_loss"] == "nan"  # no iteration of the two had a loss
-    assert rows[1]["grad_norm"] is None
-    assert all(math.isfinite(rows[i]["lm_loss"]) and math.isfinite(rows[i]["grad_norm"]) for i in (0, 2))
-    assert rows[1]["learning_rate"] == rows[0]["learning_rate"] > rows[2]["learning_rate"]
-    line = next(line for line in told.lines if "iteration        4/" in line)
+    assert [row["nan_iterations"] for row in rows] == [1, 2]
+    assert [row["skipped_iterations"] for row in rows] == [1, 2]
+    assert all(math.isfinite(row["lm_loss"]) for row in rows)  # the mean of the good ones
+    assert rows[0]["grad_norm"] is None  # the last iteration had none
+    assert math.isfinite(rows[1]["grad_norm"])
+    line = next(line for line in told.lines if "iteration        6/" in line)
     assert "number of skipped iterations:   2 | number of nan iterations:   2 |" in line
 
 

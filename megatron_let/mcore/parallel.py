@@ -88,6 +88,19 @@ class ParallelContext:
         """Wait until every rank is here."""
         dist.barrier()
 
+    @contextmanager
+    def patience(self, minutes: float) -> Iterator[None]:
+        """Let this rank wait that long for others, if that is longer than usual, in what it begins inside the context."""
+        before = {group: _time_limit_of(group, self.device) for group in _groups_of(self.groups)}
+        longer = timedelta(minutes=minutes)
+        try:
+            for group, usual in before.items():
+                dist.distributed_c10d._set_pg_timeout(max(usual, longer), group)
+            yield
+        finally:
+            for group, usual in before.items():
+                dist.distributed_c10d._set_pg_timeout(usual, group)
+
     def raise_together(self, error: LetError | None) -> None:
         """Raise on every rank the first error that any rank brings; every rank must call this.
 
@@ -255,6 +268,20 @@ def _require_same_settings(config: RunConfig) -> None:
             )
 
 
+def _groups_of(groups: ProcessGroupCollection) -> list[dist.ProcessGroup]:
+    """Return the group of all ranks and every other one that this rank is in, each once."""
+    found: list[Any] = [dist.distributed_c10d._get_default_group()]
+    for value in vars(groups).values():
+        found += value if isinstance(value, list) else [value]
+    return list(dict.fromkeys(group for group in found if isinstance(group, dist.ProcessGroup)))
+
+
+def _time_limit_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:
+    """Return how long a collective of this group may take."""
+    limit: timedelta = group._get_backend(device).options._timeout
+    return limit
+
+
 def _gathered(value: Value) -> list[Value]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -268,6 +295,7 @@ def _model_parallel_groups(config: RunConfig) -> Iterator[None]:
         pipeline_model_parallel_size=config.transformer.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.transformer.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.transformer.context_parallel_size,
+        distributed_timeout_minutes=config.parallel.distributed_timeout_minutes,
         create_gloo_process_groups=False,
     )
     try:

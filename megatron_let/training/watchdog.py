@@ -317,5 +317,5 @@ def _store(context: ParallelContext) -> dist.Store:
     """Return a connection of the watchdog's own to the store where the ranks met."""
     if context.world_size == 1:
         return dist.HashStore()
-    store = dist.distributed_c10d._get_default_store().clone()
+    store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
     return dist.PrefixStore("watchdog", store)

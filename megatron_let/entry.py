@@ -68,8 +68,7 @@ class RunReport:
     def hold(self) -> str | None:
         """Make the save directory and hold it until this program ends (rank 0); return it, None without one.
 
-        The other ranks set `save_directory` to what rank 0 gets here. A directory that cannot be made or written to
-        is left to the check that says so.
+        A directory that cannot be made or written to is left to the check that says so.
 
         Raises:
             ConfigError: another run holds it, and went on doing so for `LOCK_WAIT_SECONDS`.
@@ -79,6 +78,12 @@ class RunReport:
                 os.makedirs(self._wanted, exist_ok=True)
             self._take(self._wanted, wait=LOCK_WAIT_SECONDS)
         return self._wanted
+
+    def is_held(self, directory: str | None) -> None:
+        """Note on every rank that rank 0 holds this directory: how the run ends may be written there."""
+        self.save_directory = directory
+        if directory is not None:
+            announce_save_directory(directory)
 
     def _take(self, directory: str, *, wait: float) -> None:
         self.save_directory = None

@@ -155,7 +155,7 @@ def test_a_refused_run_leaves_the_others_directory_alone(
     def program(report: RunReport) -> int:
         report.saves_to(tmp_path)
         assert report.save_directory is None
-        report.save_directory = report.hold()
+        report.is_held(report.hold())
         raise AssertionError("not reached")
 
     began = time.monotonic()

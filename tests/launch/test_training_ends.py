@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_let.testing.distributed import _free_port
 from megatron_let.testing.training import TINY_STUDENT, arguments
 from megatron_let.training.checkpoint_files import find_damage, read_tracker
 from tests.launch.test_launcher import ROOT, status_in, wait_for, workers_run
@@ -135,4 +136,21 @@ def test_under_bare_torchrun_the_others_end_when_a_rank_is_killed(launch: Launch
     assert program.returncode == 1
     assert "rank      : 1 (local_rank: 1)" in err
     assert "Signal 9 (SIGKILL)" in err
+    assert not workers_run(tmp_path)
+
+
+def test_on_two_nodes_a_killed_rank_ends_both_and_its_own_node_names_it(
+    launch: Launch, tmp_path: Path
+) -> None:
+    port = _free_port()
+    rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "two")
+    nodes = [
+        launch("kill_rank", words=("--nnodes", "2", "--nproc-per-node", "1", *rendezvous)) for _ in range(2)
+    ]
+    ends = [(node.communicate(timeout=LIMIT)[1], node.returncode) for node in nodes]
+    assert sorted(code for _, code in ends) == [1, 128 + signal.SIGKILL]
+    ((killed, _),) = [end for end in ends if end[1] != 1]
+    ((other, _),) = [end for end in ends if end[1] == 1]
+    assert "error: rank 1 (pid " in killed.splitlines()[-1]
+    assert "rank 0:\nTraceback" in other
     assert not workers_run(tmp_path)

@@ -44,6 +44,9 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
         return program
 
     yield start
+    for note in tmp_path.glob("pid_*"):  # a failed test's, which would keep the streams open
+        if is_running(note.read_text()):
+            os.kill(int(note.read_text()), signal.SIGKILL)
     for program in started:
         program.kill()
         program.communicate()

@@ -27,6 +27,7 @@ from megatron_let.training.report import IntervalTotals, ReleaseTimer, Reporter
 from megatron_let.training.saving import CheckpointSaver
 from megatron_let.training.signals import StopRequest
 from megatron_let.training.state import TrainingState
+from megatron_let.training.watchdog import watched
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Trainer:
         self.run = run
         self.state = state
         self._stop = stop
+        self._heartbeat = run.forward_step.heartbeat
         self._total = run.total_iterations
         self._interval = IntervalTotals(run.context.device)
         self._release_timer = ReleaseTimer()
@@ -62,7 +64,8 @@ class Trainer:
     def fit(self) -> int:
         """Train to the end (or until told to stop) and return the exit code; every rank calls this."""
         try:
-            return self._train()
+            with watched(self._heartbeat, self.run.context, self.run.config.parallel):
+                return self._train()
         finally:
             # A preempted program ends without exit handlers: what TensorBoard and W&B still hold goes out here.
             self.run.reporter.close()
@@ -97,11 +100,13 @@ class Trainer:
 
     def step(self, iterators: list[Any]) -> None:
         """Do one iteration with all that belongs to it: release, optimizer step, log, validation, checkpoint."""
+        self._heartbeat.begin(self.state.iteration + 1)
         if self.run.saver is not None:
             self.run.saver.poll()
         self._release_teacher_when_due()
         self._iterate(iterators)
         self._after_iteration()
+        self._heartbeat.finish()
 
     def _iterate(self, iterators: list[Any]) -> None:
         """One optimizer step over one global batch; fp16's overflow and bad numbers skip it and are counted."""
@@ -130,6 +135,7 @@ class Trainer:
         if run.alignment is not None:
             run.alignment.end_iteration()
         self._empty_unused_memory(at_level=1)
+        self._heartbeat.enter("optimizer")
         losses = [report[LM_LOSS] for report in reports]
         outcome = self._guard.step(optimizer, losses, state)
         self._empty_unused_memory(at_level=2)
@@ -169,6 +175,7 @@ class Trainer:
 
     def _log(self) -> None:
         """Reduce the interval's numbers over all ranks and report them."""
+        self._heartbeat.enter("log")
         run, totals = self.run, self._interval
         lm_loss = reduce_loss(totals.loss, run.context)
         let_report = None if run.alignment is None else run.alignment.collect()
@@ -191,6 +198,7 @@ class Trainer:
         run = self.run
         if dataset is None or run.config.validation.eval_iters == 0:
             return
+        self._heartbeat.enter("evaluation")
         with self._gathered():
             loss = evaluate(run.config, run.context, run.parts.student, run.forward_step, dataset)
         if name == "validation":
@@ -212,6 +220,7 @@ class Trainer:
                 raise BadNumbersError(
                     f"iteration {state.iteration} is not saved: {poisoned}; resume from an older checkpoint"
                 )
+            self._heartbeat.enter("save")
             with self._gathered():
                 saver.begin(state)
             self._last_saved = state.iteration

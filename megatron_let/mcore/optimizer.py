@@ -182,6 +182,46 @@ def smallest_loss_scale(optimizer: MegatronOptimizer) -> float | None:
     return None
 
 
+def optimizer_state(
+    optimizer: MegatronOptimizer, model_state: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool
+) -> dict[str, Any]:
+    """Return an optimizer's sharded state for a checkpoint; every rank calls this.
+
+    megatron-core joins the buckets of a distributed optimizer without the padding between them, and then cuts the
+    parameters out of that at their places with it: from the second bucket on every weight and moment in the checkpoint
+    would be another one's.
+    """
+    plain_get = DistributedOptimizer.get_parameter_state_dp_zero
+
+    def get_in_place(self: Any, *args: Any, **kwargs: Any) -> dict[Any, Any] | None:
+        state: dict[Any, Any] | None = plain_get(self, *args, **kwargs)
+        for index, buffer in enumerate(self.buffers if state is not None else []):
+            assert state is not None
+            for tensors in state[index].values():
+                for name in ("param", "exp_avg", "exp_avg_sq"):
+                    tensors[name] = _with_padding(tensors[name], buffer)
+        return state
+
+    with patch.object(DistributedOptimizer, "get_parameter_state_dp_zero", get_in_place):
+        state: dict[str, Any] = optimizer.sharded_state_dict(
+            model_state, is_loading=is_loading, metadata=metadata
+        )
+    return state
+
+
+def _with_padding(joined: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """Return the buckets of a buffer, joined without their padding, at their own places."""
+    if len(joined) == buffer.numel:
+        return joined
+    padded = joined.new_zeros(buffer.numel)
+    start = 0
+    for bucket in buffer.buckets:
+        end = start + bucket.numel_unpadded
+        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = joined[start:end]
+        start = end
+    return padded
+
+
 def prepare_to_load(optimizer: MegatronOptimizer) -> None:
     """Give torch's Adam its state before a distributed optimizer is loaded.
 

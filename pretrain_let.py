@@ -25,8 +25,8 @@ def main(report: RunReport) -> int:
 
     report.saves_to(save_directory_of(sys.argv[1:]))
     config = resolve(parse_arguments(sys.argv[1:]), int(os.environ.get("WORLD_SIZE", "1")))
-    is_caught = config.training.exit_signal_handler
-    with stop_on_signal(is_on=is_caught, started=report.started) as stop, parallel_context(config) as context:
+    with stop_on_signal(config.training, report) as stop, parallel_context(config) as context:
+        report.is_held(context.on_rank_0(report.hold))
         trainer = build_trainer(config, context, stop)
         try:
             return trainer.fit()

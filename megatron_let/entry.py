@@ -17,10 +17,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from megatron_let.errors import EXIT_CRASH, EXIT_DONE, LetError
+from megatron_let.directory_lock import LOCK_WAIT_SECONDS, DirectoryLock, lock_directory
+from megatron_let.errors import EXIT_CRASH, EXIT_DONE, ConfigError, LetError
 from megatron_let.exit_status import (
     FailureRecord,
     announce_save_directory,
@@ -30,7 +32,7 @@ from megatron_let.exit_status import (
     reason_of,
     write_exit_status,
 )
-from megatron_let.lifetime import ELASTIC_RUN_VARIABLE, die_with_launcher
+from megatron_let.lifetime import ELASTIC_RUN_VARIABLE, die_with_launcher, take_children_along
 
 # Under bare torchrun all ranks meet the same configuration error within moments. Rank 0 speaks at once and its end
 # makes torchrun stop the others in a tenth of a second; these wait longer than that before they speak.
@@ -49,15 +51,56 @@ class RunReport:
     message: str = ""
     started: float = field(default_factory=time.monotonic)
     """When the program did, on `time.monotonic`'s clock."""
+    _wanted: str | None = field(default=None, init=False, repr=False)
+    _lock: DirectoryLock | None = field(default=None, init=False, repr=False)
 
     def saves_to(self, directory: str | os.PathLike[str] | None) -> None:
-        """Note where `exit_status.json` belongs, and drop the one of an earlier run (rank 0); None: nowhere."""
-        if directory is None:
+        """Note where `exit_status.json` belongs (None: nowhere); rank 0 drops the one of an earlier run.
+
+        While another run holds the directory, this one writes nothing there.
+        """
+        self._wanted = None if directory is None else os.fspath(directory)
+        if self._wanted is None or _rank() != 0:
             return
-        self.save_directory = os.fspath(directory)
-        announce_save_directory(directory)
-        if _rank() == 0:
+        with suppress(ConfigError):  # `hold` waits for it, and says what is wrong
+            self._take(self._wanted, wait=0.0)
+
+    def hold(self) -> str | None:
+        """Make the save directory and hold it until this program ends (rank 0); return it, None without one.
+
+        A directory that cannot be made or written to is left to the check that says so.
+
+        Raises:
+            ConfigError: another run holds it, and went on doing so for `LOCK_WAIT_SECONDS`.
+        """
+        if self._wanted is not None and self._lock is None:
+            with suppress(OSError):
+                os.makedirs(self._wanted, exist_ok=True)
+            self._take(self._wanted, wait=LOCK_WAIT_SECONDS)
+        return self._wanted
+
+    def is_held(self, directory: str | None) -> None:
+        """Note on every rank that rank 0 holds this directory: how the run ends may be written there."""
+        self.save_directory = directory
+        if directory is not None:
+            announce_save_directory(directory)
+
+    def _take(self, directory: str, *, wait: float) -> None:
+        self.save_directory = None
+        self._lock = lock_directory(directory, wait=wait)
+        self.save_directory = directory
+        if self._lock is not None:
+            announce_save_directory(directory)
             clear_exit_status(directory)
+
+    def end_at_once(self, code: int, line: str) -> NoReturn:
+        """End this program from any of its threads, whatever the others do: record, last words of rank 0, gone."""
+        is_told = _leave(self, code, line, trace=None)
+        if _rank() == 0 and not is_told:
+            if self.save_directory is not None:
+                write_exit_status(self.save_directory, code, reason_of(code), line, self.iteration)
+            print(line, file=sys.stderr, flush=True)
+        os._exit(code)
 
 
 def run_main(main: Callable[[RunReport], int]) -> int:
@@ -67,6 +110,7 @@ def run_main(main: Callable[[RunReport], int]) -> int:
     SIGTERM keeps its default action (or what `main` makes of it), so that a hung collective cannot delay it.
     """
     die_with_launcher()
+    take_children_along()
     started = time.time()
     report = RunReport()
     try:
@@ -110,23 +154,29 @@ def end_program(code: int) -> NoReturn:
 
 def _fail(report: RunReport, started: float, code: int, line: str, *, trace: str | None) -> int:
     """Record this rank's failure, tell it unless the launcher will, and return the exit code."""
-    record = FailureRecord(
-        exit_code=code,
-        message=line,
-        traceback=trace,
-        time=time.time(),
-        rank=_rank(),
-        pids=(os.getpid(), os.getppid()),
-        save_directory=report.save_directory,
-        iteration=report.iteration,
-    )
     directory = report.save_directory
     # A crash is often the echo of a peer's failure: it never writes over what a peer of this run wrote.
     if directory is not None and (trace is None or not has_exit_status_since(directory, started)):
         write_exit_status(directory, code, reason_of(code), line, report.iteration)
-    if not leave_record(record):
+    if not _leave(report, code, line, trace=trace):
         _speak(trace or line)
     return code
+
+
+def _leave(report: RunReport, code: int, line: str, *, trace: str | None) -> bool:
+    """Leave the record of this rank's end for the launcher; return whether there is one to read it."""
+    return leave_record(
+        FailureRecord(
+            exit_code=code,
+            message=line,
+            traceback=trace,
+            time=time.time(),
+            rank=_rank(),
+            pids=(os.getpid(), os.getppid()),
+            save_directory=report.save_directory,
+            iteration=report.iteration,
+        )
+    )
 
 
 def _speak(text: str) -> None:

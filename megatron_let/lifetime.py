@@ -10,6 +10,8 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+from functools import cache
 
 LAUNCHER_PID_VARIABLE = "MEGATRON_LET_LAUNCHER_PID"
 ELASTIC_RUN_VARIABLE = "TORCHELASTIC_RUN_ID"
@@ -42,6 +44,46 @@ def die_with_launcher() -> None:
     if launcher is not None and not _is_alive(int(launcher)):
         os._exit(128 + signal.SIGKILL)
     die_with_parent()
+
+
+@cache
+def take_children_along() -> None:
+    """Have every program that this one forks from now on, in its main thread, end with it, however it ends.
+
+    Data-loader workers and checkpoint writers are meant. The kernel ties a child to the thread that forked it, so that
+    one forked in another thread, which may end early, is left alone. Started programs (exec) are not touched.
+    """
+    parent: list[int] = []
+
+    def before() -> None:
+        parent[:] = [os.getpid()] if threading.current_thread() is threading.main_thread() else []
+
+    def in_child() -> None:
+        signal.set_wakeup_fd(-1)  # what this child receives is not its parent's
+        if parent:
+            die_with_parent(parent[0])
+
+    os.register_at_fork(before=before, after_in_child=in_child)
+
+
+def leave_signals_to_parent() -> None:
+    """Let SIGTERM and SIGUSR1 end this forked worker only when they come from its parent.
+
+    A scheduler that signals every process of a job would otherwise end the data-loader workers of a rank that wants
+    to save and leave. Linux only: elsewhere nothing changes.
+    """
+    if not hasattr(signal, "sigwaitinfo") or not sys.platform.startswith("linux"):
+        return
+    numbers = {signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    threading.Thread(target=_heed, args=(os.getppid(), numbers), daemon=True).start()
+
+
+def _heed(parent_pid: int, numbers: set[signal.Signals]) -> None:
+    """Wait for a signal from the parent, then end."""
+    while signal.sigwaitinfo(numbers).si_pid != parent_pid:
+        continue
+    os._exit(0)
 
 
 def _is_alive(pid: int) -> bool:

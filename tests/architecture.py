@@ -11,11 +11,21 @@ PACKAGE = "megatron_let"
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
-FOUNDATION = frozenset(
-    {"__init__", "errors", "log", "optional", "lifetime", "exit_status", "entry", "launch", "plain_json"}
-)
 # The part of the foundation that starts in a moment, before anything else is known to work.
-WITHOUT_TORCH = frozenset({"errors", "log", "optional", "lifetime", "exit_status", "entry", "plain_json"})
+WITHOUT_TORCH = frozenset(
+    [
+        "errors",
+        "log",
+        "optional",
+        "lifetime",
+        "signal_pipe",
+        "directory_lock",
+        "exit_status",
+        "entry",
+        "plain_json",
+    ]
+)
+FOUNDATION = WITHOUT_TORCH | {"__init__", "launch"}
 # What each room may import besides itself and the foundation. `let` and `mcore` never meet: `training` joins them.
 ROOMS: Mapping[str, frozenset[str]] = {
     "config": frozenset(),

@@ -203,6 +203,7 @@ class Drills:
                 code: int | None = job.wait(LIMIT_SECONDS)
             except subprocess.TimeoutExpired:
                 code = None
+            finally:  # its ranks end with it
                 job.kill()
                 job.wait()
             leftovers = _end_leftovers(str(place.save))

@@ -77,9 +77,11 @@ def plan(count: int, seed: int, *, can_mount: bool) -> list[Drill]:
     """Return `count` drills: every kind in turn, each time at another place, iteration, rank and layout."""
     choose = random.Random(seed)
     kinds = [kind for kind in _KINDS if can_mount or kind not in (_full_disk, _read_only)]
-    # Each kind once, then as often as its weight says, spread evenly.
+    # Each kind once, then as often as its weight says, spread evenly; the one that takes minutes in the middle.
     turns = sorted(
-        (turn / _KINDS[kind], index, kind) for index, kind in enumerate(kinds) for turn in range(_KINDS[kind])
+        (0.5 if kind is _hang else turn / _KINDS[kind], index, kind)
+        for index, kind in enumerate(kinds)
+        for turn in range(_KINDS[kind])
     )
     return [turns[number % len(turns)][2](choose) for number in range(count)]
 
@@ -254,13 +256,20 @@ def _bad_tracker(choose: random.Random) -> Drill:
     return _stopped("bad tracker", damage, choose, max_lost=0)
 
 
-def _no_teacher(choose: random.Random) -> Drill:
+def _no_teacher_before(choose: random.Random) -> Drill:
+    return _no_teacher(choose, is_before=True)
+
+
+def _no_teacher_after(choose: random.Random) -> Drill:
+    return _no_teacher(choose, is_before=False)
+
+
+def _no_teacher(choose: random.Random, *, is_before: bool) -> Drill:
     def damage(place: Place, choose: random.Random) -> str:
         place.teacher.rename(place.teacher.with_name("gone"))
         return "teacher removed"
 
     layout, _ = _somewhere(choose)
-    is_before = choose.random() < 0.5
     return Drill(
         "no teacher before S_stop" if is_before else "no teacher after S_stop",
         layout,
@@ -338,7 +347,8 @@ _KINDS: dict[Callable[[random.Random], Drill], int] = {
     _flip: 6,
     _missing: 4,
     _bad_tracker: 3,
-    _no_teacher: 4,
+    _no_teacher_before: 2,
+    _no_teacher_after: 2,
     _cut_data: 2,
     _read_only: 2,
     _hang: 1,

@@ -76,13 +76,10 @@ def _derive_shapes(config: RunConfig) -> RunConfig:
 
 
 def _derive_precision(config: RunConfig) -> RunConfig:
-    """Fill the number types of gradients and softmax, and the NaN check."""
-    transformer, optimizer = config.transformer, config.optimizer
+    """Fill the number types of gradients and softmax."""
+    transformer = config.transformer
     if transformer.bf16 and not config.parallel.grad_reduce_in_bf16:
         config = _replace(config, "ddp", grad_reduce_in_fp32=True)
-    if transformer.fp16 and not optimizer.loss_scale:
-        # With dynamic loss scaling a NaN gradient is how the scaler learns that the scale is too large.
-        config = _replace(config, "ddp", check_for_nan_in_grad=False)
     if transformer.apply_query_key_layer_scaling:
         config = _replace(config, "transformer", attention_softmax_in_fp32=True)
     return config

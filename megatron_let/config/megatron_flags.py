@@ -97,15 +97,20 @@ WITHOUT_EFFECT: tuple[FlagFamily, ...] = (
     ),
     FlagFamily(
         "Watching the run",
-        "a run is not watched or restarted from inside",
+        "a run is restarted from outside (scripts/run_until_done.sh), and watched by --watchdog-seconds",
         """--rerun-mode= --check-for-spiky-loss --check-weight-hash-across-dp-replicas-interval=
-        --exit-signal-handler-for-dataloader --enable-ft-package --calc-ft-timeouts --ft-num-warmup-iters=
+        --enable-ft-package --calc-ft-timeouts --ft-num-warmup-iters=
         --run-workload-inspector-server --adlr-autoresume --adlr-autoresume-interval=
         --inprocess-restart --inprocess-max-iterations= --inprocess-monitor-thread-interval=
         --inprocess-monitor-process-interval= --inprocess-progress-watchdog-interval= --inprocess-heartbeat-interval=
         --inprocess-soft-timeout= --inprocess-hard-timeout= --inprocess-heartbeat-timeout= --inprocess-barrier-timeout=
         --inprocess-completion-timeout= --inprocess-last-call-wait= --inprocess-termination-grace-time=
         --inprocess-granularity= --inprocess-active-world-size= --inprocess-empty-cuda-cache""",
+    ),
+    FlagFamily(
+        "Signals to loaders",
+        "data-loader workers always leave SIGTERM and SIGUSR1 to their rank",
+        "--exit-signal-handler-for-dataloader",
     ),
     FlagFamily(
         "TikTokenizer",

@@ -22,5 +22,8 @@ class ParallelConfig:
     distributed_timeout_minutes: int = 10
     """Minutes after which a stuck collective ends the run."""
 
+    watchdog_seconds: int = 60
+    """Name the rank that is behind when nothing has moved for so long, and for five usual iterations; 0: never."""
+
     grad_reduce_in_bf16: bool = False
     """Accumulate and reduce gradients in bf16. Without it a bf16 run uses fp32 for both."""

@@ -36,6 +36,9 @@ class TrainingConfig:
     exit_signal_handler: bool = False
     """Save and exit when SIGTERM or SIGUSR1 arrives."""
 
+    max_skipped_iterations: int = 10
+    """Save the last good state and stop with code 4 after so many iterations in a row with NaN or infinity."""
+
     seed: int = 1234
     """Seed of Python, NumPy and PyTorch."""
 

@@ -6,8 +6,9 @@ Takes torchrun's own arguments (`--help` lists them); on one node a free port is
 
 * The exit code is that of the first worker that failed, 128 + n for signal n; 0 when all ended with 0.
 * What is shown last is that worker's one line (`error: ...`), or its traceback, and nothing after it.
-* SIGTERM, SIGINT, SIGHUP and SIGQUIT go to the workers, which end as they see fit, and the code is theirs. Those
-  still there after `--shutdown-timeout` seconds (300), or at a second Ctrl-C, are killed.
+* SIGTERM, SIGUSR1, SIGINT, SIGHUP and SIGQUIT go to the workers, which end as they see fit, and the code is theirs.
+  Those still there after `--shutdown-timeout` seconds (300), or at a second Ctrl-C, are killed. (What comes within
+  5 seconds of the first Ctrl-C is the same one: a terminal and a script may both deliver it.)
 
 When a worker fails, the others get SIGTERM at once and SIGKILL 30 seconds later.
 """
@@ -113,13 +114,13 @@ def _launch(arguments: argparse.Namespace, directory: str) -> int:
     except (ValueError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"torchrun's arguments: {error}") from error
     grace = DEFAULT_GRACE if arguments.shutdown_timeout is None else arguments.shutdown_timeout
-    signals = config.signals_to_handle
+    signals = [name.strip() for name in config.signals_to_handle.split(",")] + ["SIGUSR1"]
     config.signals_to_handle = ""  # ours: torch's would end the launcher and lose the workers' codes
     log = _ElasticLog()
     elastic_logger = logging.getLogger(_ELASTIC_LOGGER)
     elastic_logger.addHandler(log)
     elastic_logger.propagate = False
-    with forwarded_signals([name.strip() for name in signals.split(",")], grace=grace):
+    with forwarded_signals(list(dict.fromkeys(signals)), grace=grace):
         try:
             elastic_launch(config=config, entrypoint=command)(*command_arguments)
         except ChildFailedError as error:
@@ -146,7 +147,8 @@ def _report(error: ChildFailedError, directory: str, stopped_pids: set[int]) -> 
     sys.stdout.flush()
     if text:
         print(text, file=sys.stderr, flush=True)
-    save_directory = first.record.save_directory if first.record else announced_save_directory(directory)
+    # The announced one is the run's, held by it; a run that was refused because another holds it announces none.
+    save_directory = announced_save_directory(directory)
     if save_directory is not None and text:  # without text the workers have written it themselves
         iteration = first.record.iteration if first.record else None
         line = first.record.message if first.record else text

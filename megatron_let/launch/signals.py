@@ -7,57 +7,53 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from types import FrameType
+
+from megatron_let.signal_pipe import REPEAT_SECONDS, heard_signals
 
 
 @contextmanager
 def forwarded_signals(names: Sequence[str], *, grace: float) -> Iterator[None]:
     """Pass these signals on to the workers for the duration of a block.
 
-    The system writes each signal's number to a pipe that a thread reads, so that a main thread that waits in a
-    rendezvous cannot delay it. With no worker there, the launcher ends with 128 + n. `grace`: seconds from the
-    first signal until the workers that are still there are killed.
+    With no worker there, the launcher ends with 128 + n. `grace`: seconds from the first signal until the workers that
+    are still there are killed.
     """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.signal(number, _do_nothing) for number in numbers}
-    wakeup_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    thread = threading.Thread(target=_forward, args=(reader, frozenset(numbers), grace), daemon=True)
-    thread.start()
+    forwarder = _Forwarder(grace)
     try:
-        yield
+        with heard_signals(
+            [getattr(signal, name) for name in names if hasattr(signal, name)], forwarder.hear
+        ):
+            yield
     finally:
-        signal.set_wakeup_fd(wakeup_before)
-        for number, action in before.items():
-            signal.signal(number, action)
-        os.close(writer)
-        thread.join()
-        os.close(reader)
+        forwarder.close()
 
 
-def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """Stand as the handler of a signal whose number the system writes to the pipe."""
+class _Forwarder:
+    """What is remembered between two signals."""
 
+    def __init__(self, grace: float) -> None:
+        self._timer = threading.Timer(grace, _send, (signal.SIGKILL,))
+        self._timer.daemon = True
+        self._is_timed = False
+        self._interrupted: float | None = None
 
-def _forward(reader: int, numbers: frozenset[int], grace: float) -> None:
-    """Read signal numbers until the pipe closes and act on each."""
-    timer: threading.Timer | None = None
-    was_interrupted = False
-    while data := os.read(reader, 1):
-        number = data[0]
-        if number not in numbers:
-            continue
-        is_impatient = number == signal.SIGINT and was_interrupted
-        was_interrupted = was_interrupted or number == signal.SIGINT
-        if not _send(signal.SIGKILL if is_impatient else number):
+    def hear(self, number: int, now: float) -> None:
+        """Act on a signal. A second Ctrl-C means now; one within `REPEAT_SECONDS` is the first, heard twice."""
+        sent = number
+        if number == signal.SIGINT:
+            before, self._interrupted = self._interrupted, now
+            if before is not None and now - before < REPEAT_SECONDS:
+                return
+            sent = number if before is None else signal.SIGKILL
+        if not _send(sent):
             os._exit(128 + number)
-        if timer is None:
-            timer = threading.Timer(grace, _send, (signal.SIGKILL,))
-            timer.daemon = True
-            timer.start()
-    if timer is not None:
-        timer.cancel()
+        if not self._is_timed:
+            self._is_timed = True
+            self._timer.start()
+
+    def close(self) -> None:
+        """Call off the killing."""
+        self._timer.cancel()
 
 
 def _send(number: int) -> bool:

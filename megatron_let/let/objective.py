@@ -42,6 +42,9 @@ class AlignmentTarget:
     loss: AlignmentLoss = cosine_alignment
     """The alignment loss."""
 
+    inspect: Callable[[Tensor], None] | None = None
+    """Called once per backward, after `record`, with d(loss_sum)/d(hidden) [s, b, d] in fp32, unscaled."""
+
 
 @dataclass(frozen=True)
 class AlignmentObjective:
@@ -113,6 +116,8 @@ class _AddAlignmentGradient(torch.autograd.Function):
         (hidden,) = ctx.saved_tensors
         sums, gradient = loss_and_gradient(hidden, ctx.target)
         ctx.target.record(sums)
+        if ctx.target.inspect is not None:
+            ctx.target.inspect(gradient)
         # scaled and added in fp32, rounded once: under fp16 the loss scale must come before the cast
         total = output_gradient + gradient * ctx.target.gradient_scale
         return total.to(hidden.dtype), None

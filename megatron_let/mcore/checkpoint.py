@@ -36,7 +36,7 @@ from megatron_let.mcore.checkpoint_reader import (
 from megatron_let.mcore.dcp_metadata import read_metadata
 from megatron_let.mcore.extra_state import check_extra_states
 from megatron_let.mcore.model import Student
-from megatron_let.mcore.optimizer import load_optimizer, prepare_to_load
+from megatron_let.mcore.optimizer import load_optimizer, optimizer_state, prepare_to_load
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.mcore.safe_pickle import Refused, refusals
 from megatron_let.mcore.torch_file import load_torch_file
@@ -157,9 +157,7 @@ def sharded_parts(
         for name, chunk in zip(_model_keys(len(chunks)), chunks, strict=True)
     }
     if parts.optimizer is not None:
-        state["optimizer"] = parts.optimizer.sharded_state_dict(
-            state, is_loading=is_loading, metadata=metadata
-        )
+        state["optimizer"] = optimizer_state(parts.optimizer, state, metadata, is_loading=is_loading)
     if parts.with_rng:
         state["rng_state"] = ShardedObject(
             "rng_state",

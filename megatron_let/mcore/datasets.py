@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from megatron_let.config.run_config import RunConfig
 from megatron_let.data.indexed import count_tokens
 from megatron_let.errors import ConfigError
+from megatron_let.lifetime import leave_signals_to_parent
 from megatron_let.mcore.index_cache import (
     CachedBlendedDataset,
     CachedDatasetBuilder,
@@ -284,6 +285,10 @@ def _collate(samples: Sequence[Sample]) -> Sample:
     return {key: torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels")}
 
 
+def _begin_worker(_: int) -> None:
+    leave_signals_to_parent()
+
+
 def microbatches(
     dataset: Dataset[Sample], config: RunConfig, context: ParallelContext, *, consumed_samples: int
 ) -> Iterator[Sample]:
@@ -306,6 +311,7 @@ def microbatches(
         collate_fn=_collate,
         pin_memory=context.is_on_gpu,
         persistent_workers=workers > 0,
+        worker_init_fn=_begin_worker,
         # A loader draws a seed when iteration starts; from its own generator, so that the run's stays untouched.
         generator=torch.Generator(),
     )

@@ -23,7 +23,17 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_let.mcore.safe_pickle import Record, Refused, read_pickle, record_type, refusals, shown
+from megatron_let.mcore.safe_pickle import (
+    GETATTR,
+    Enumeration,
+    Member,
+    Record,
+    Refused,
+    read_pickle,
+    record_type,
+    refusals,
+    shown,
+)
 from megatron_let.mcore.torch_file import DTYPES
 
 METADATA_FILE = ".metadata"
@@ -47,11 +57,12 @@ _NAMES: Mapping[tuple[str, str], Any] = {
     (f"{_DCP}.filesystem", "_StorageInfo"): _STORAGE_INFO,
     # Written along and not read by a load: how the save was planned, where to, and deprecated fields of tensors.
     ("torch.serialization", "_get_layout"): _OTHER,
-    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"): _OTHER,
+    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"): Enumeration,
     (f"{_DCP}.metadata", "StorageMeta"): _OTHER,
     (f"{_DCP}.planner", "SavePlan"): _OTHER,
     (f"{_DCP}.planner", "WriteItem"): _OTHER,
-    (f"{_DCP}.planner", "WriteItemType"): _OTHER,
+    (f"{_DCP}.planner", "WriteItemType"): Enumeration,
+    GETATTR: Member,
     (f"{_DCP}.planner", "TensorWriteData"): _OTHER,
     (f"{_DCP}.planner", "BytesIOWriteData"): _OTHER,
     ("pathlib", "PosixPath"): _OTHER,

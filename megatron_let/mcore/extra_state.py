@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 
-from megatron_let.mcore.safe_pickle import Record, Refused, read_pickle, refusals
+from megatron_let.mcore.safe_pickle import (
+    GETATTR,
+    Enumeration,
+    Member,
+    Record,
+    Refused,
+    read_pickle,
+    refusals,
+)
 
 
 class _Recipe(Record):
@@ -55,13 +63,26 @@ class _Storage(_Value):
         torch.load(io.BytesIO(self.args[0]), map_location="cpu", weights_only=True)
 
 
+class _Format(Enumeration):
+    """A choice of number types."""
+
+    __slots__ = ()
+
+    def check_args(self) -> None:
+        _check_values(self.args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise Refused("changes a value after it was made")
+
+
 _RECIPES = """
     DelayedScaling Float8CurrentScaling MXFP8BlockScaling Float8BlockScaling NVFP4BlockScaling MMParams QParams
 """
 _PLACE = "transformer_engine.common.recipe"
 _NAMES: Mapping[tuple[str, str], Any] = {
     **{(_PLACE, name): type(name, (_Recipe,), {"__slots__": ()}) for name in _RECIPES.split()},
-    (_PLACE, "Format"): _Value,
+    (_PLACE, "Format"): _Format,
+    GETATTR: Member,
     (_PLACE, "_FormatHelper"): _Value,
     ("torch.storage", "_load_from_bytes"): _Storage,
     ("torch._utils", "_rebuild_tensor_v2"): _Value,

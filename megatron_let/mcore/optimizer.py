@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 from unittest.mock import patch
@@ -16,6 +17,7 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
@@ -138,6 +140,86 @@ def learning_rate(optimizer: Any) -> float:
     """Return the learning rate of the first parameter group that follows the run's own schedule."""
     groups = optimizer.param_groups
     return float(next((group["lr"] for group in groups if group.get("default_config")), groups[0]["lr"]))
+
+
+class _NormNotFiniteError(Exception):
+    """Raised between the gradient's norm and the first change that a step makes."""
+
+    def __init__(self, norm: float) -> None:
+        super().__init__(f"gradient norm {norm}")
+        self.norm = norm
+
+
+def step_if_finite(optimizer: MegatronOptimizer) -> tuple[bool, float | None, float | None]:
+    """Step, unless the norm of the reduced gradient is NaN or infinite: then weights and moments stay as they are.
+
+    Returns what `optimizer.step` does: whether it stepped, gradient norm (None after an fp16 overflow), zeros.
+    megatron-core takes the norm before anything changes, with and without `--clip-grad`, and in between there is no
+    other place to stop it.
+    """
+    plain_norm = optimizer.get_grad_norm
+
+    def finite_norm() -> float:
+        norm = float(plain_norm())
+        if not math.isfinite(norm):
+            raise _NormNotFiniteError(norm)
+        return norm
+
+    try:
+        with patch.object(optimizer, "get_grad_norm", finite_norm):
+            is_updated, norm, num_zeros = optimizer.step()
+    except _NormNotFiniteError as refusal:
+        return False, refusal.norm, None
+    return bool(is_updated), norm, num_zeros
+
+
+def smallest_loss_scale(optimizer: MegatronOptimizer) -> float | None:
+    """Return the scale below which fp16's dynamic loss scaling does not go; None where the scale is fixed."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        scaler = getattr(part, "grad_scaler", None)
+        if isinstance(scaler, DynamicGradScaler):
+            return float(scaler.min_scale)
+    return None
+
+
+def optimizer_state(
+    optimizer: MegatronOptimizer, model_state: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool
+) -> dict[str, Any]:
+    """Return an optimizer's sharded state for a checkpoint; every rank calls this.
+
+    megatron-core joins the buckets of a distributed optimizer without the padding between them, and then cuts the
+    parameters out of that at their places with it: from the second bucket on every weight and moment in the checkpoint
+    would be another one's.
+    """
+    plain_get = DistributedOptimizer.get_parameter_state_dp_zero
+
+    def get_in_place(self: Any, *args: Any, **kwargs: Any) -> dict[Any, Any] | None:
+        state: dict[Any, Any] | None = plain_get(self, *args, **kwargs)
+        for index, buffer in enumerate(self.buffers if state is not None else []):
+            assert state is not None
+            for tensors in state[index].values():
+                for name in ("param", "exp_avg", "exp_avg_sq"):
+                    tensors[name] = _with_padding(tensors[name], buffer)
+        return state
+
+    with patch.object(DistributedOptimizer, "get_parameter_state_dp_zero", get_in_place):
+        state: dict[str, Any] = optimizer.sharded_state_dict(
+            model_state, is_loading=is_loading, metadata=metadata
+        )
+    return state
+
+
+def _with_padding(joined: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """Return the buckets of a buffer, joined without their padding, at their own places."""
+    if len(joined) == buffer.numel:
+        return joined
+    padded = joined.new_zeros(buffer.numel)
+    start = 0
+    for bucket in buffer.buckets:
+        end = start + bucket.numel_unpadded
+        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = joined[start:end]
+        start = end
+    return padded
 
 
 def prepare_to_load(optimizer: MegatronOptimizer) -> None:

@@ -268,6 +268,7 @@ def _model_parallel_groups(config: RunConfig) -> Iterator[None]:
         pipeline_model_parallel_size=config.transformer.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.transformer.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.transformer.context_parallel_size,
+        distributed_timeout_minutes=config.parallel.distributed_timeout_minutes,
         create_gloo_process_groups=False,
     )
     try:

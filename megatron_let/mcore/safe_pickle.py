@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,32 @@ class Record(metaclass=_Frozen):
         if self.state is not None:
             raise Refused("gives an object its state twice")
         self.state = state
+
+
+class Enumeration(Record):
+    """A member of an enumeration, made from its value."""
+
+    __slots__ = ()
+
+
+class Member(Record):
+    """A member of an enumeration as Python 3.11.0 to 3.11.3 write it: `getattr(its class, its name)`."""
+
+    __slots__ = ()
+
+    def check_args(self) -> None:
+        """Refuse to stand for any other attribute of anything else."""
+        kind, name = self.args if len(self.args) == 2 else (None, None)
+        is_member = isinstance(kind, type) and issubclass(kind, Enumeration)
+        if not (is_member and type(name) is str and re.fullmatch("[A-Z][A-Z0-9_]*", name)):
+            raise Refused("asks for builtins.getattr, which could run code")
+
+    def __setstate__(self, state: Any) -> None:
+        raise Refused("changes a member of an enumeration")
+
+
+GETATTR = ("builtins", "getattr")
+"""The name that `Member` may stand for."""
 
 
 def shown(name: str) -> str:

@@ -252,7 +252,7 @@ DdpSettings = settings_class(
             "check_for_nan_in_grad",
             dest="check_for_nan_in_loss_and_grad",
             default=True,
-            help="Go on after a NaN or infinity in the loss or a gradient, as dynamic loss scaling does.",
+            help="Look for NaN and infinity nowhere, the teacher included, and skip nothing: the run goes on with them.",
         ),
         Exposed("check_for_large_grads", help="Warn of an unexpectedly large gradient; the run goes on."),
         Exposed(

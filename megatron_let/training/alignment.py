@@ -17,11 +17,31 @@ from megatron_let.let import (
     segment_states,
 )
 from megatron_let.mcore.batch import Microbatch, context_parallel_slice, sequence_parallel_slice
+from megatron_let.mcore.finite import Norms
 from megatron_let.mcore.layer_tap import LayerTap, find_layer
 from megatron_let.mcore.model import Student
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.training.let_record import LetRecord
 from megatron_let.training.teachers import load_teacher
+
+
+@dataclass(frozen=True)
+class AlignmentNorms:
+    """One norm a microbatch on the owner stage: what tells NaN and infinity, and where they come from."""
+
+    states: Norms
+    """Of the teacher's states that are this rank's, masked positions included."""
+
+    losses: Norms
+    """Of LET's loss sum."""
+
+    gradients: Norms
+    """Of the loss sum's gradient at layer k, unscaled."""
+
+    def clear(self) -> None:
+        """Forget all: a new iteration begins."""
+        for norms in (self.states, self.losses, self.gradients):
+            norms.clear()
 
 
 @dataclass(frozen=True)
@@ -50,14 +70,18 @@ class Alignment:
         *,
         is_sequence_parallel: bool,
         calculate_per_token_loss: bool,
+        is_watched: bool = False,
     ) -> None:
+        """Put the tap on layer k, if it is here; `is_watched`: keep `norms` of what the teacher brings."""
         self.objective = objective
         self.teacher = teacher
         self._context = context
         self._is_sequence_parallel = is_sequence_parallel
         self._calculate_per_token_loss = calculate_per_token_loss
         self._width = student.core_config.hidden_size
-        self._sums = self._no_tokens()
+        self._sums = self._sums_before = self._no_tokens()
+        self.norms = AlignmentNorms(*(Norms(context.device) for _ in range(3)))
+        self._is_watched = is_watched
         self._iteration = 0
         self._num_microbatches = 1
         self._loss_scale: float | torch.Tensor = 1.0
@@ -78,12 +102,18 @@ class Alignment:
         self._num_microbatches = num_microbatches
         self._loss_scale = loss_scale
         self._is_training = self.objective.schedule.is_active_at(completed_iterations)
+        self._sums_before = self._sums
+        self.norms.clear()
 
     def end_iteration(self) -> None:
         """Check that every microbatch met its gradient, and let evaluation pass untouched."""
         self._is_training = False
         if self._tap is not None:
             self._tap.check_drained()
+
+    def drop_iteration(self) -> None:
+        """Leave the iteration just ended out of the numbers that `collect` returns."""
+        self._sums = self._sums_before
 
     def prepare(self, chunk: int, batch: Microbatch | None) -> None:
         """Run the teacher for the microbatch whose forward through model chunk `chunk` comes next.
@@ -107,6 +137,8 @@ class Alignment:
                 sequence_parallel_slice(x, dim=0, rank=context.tp_rank, size=context.tp_size).contiguous()
                 for x in (states, mask)
             )
+        if self._is_watched:
+            self.norms.states.add(states)
         return AlignmentTarget(
             states=states,
             mask=mask,
@@ -119,10 +151,13 @@ class Alignment:
             ),
             record=self._record,
             loss=self.objective.loss,
+            inspect=self.norms.gradients.add if self._is_watched else None,
         )
 
     def _record(self, sums: AlignmentSums) -> None:
         self._sums = self._sums + sums
+        if self._is_watched:
+            self.norms.losses.add(sums.loss_sum.float())
 
     def collect(self) -> AlignmentReport | None:
         """Return the numbers since the last call and start anew; every rank must call this.
@@ -177,4 +212,5 @@ def build_alignment(
         teacher,
         is_sequence_parallel=student.core_config.sequence_parallel,
         calculate_per_token_loss=config.transformer.calculate_per_token_loss,
+        is_watched=config.ddp.check_for_nan_in_grad,
     )

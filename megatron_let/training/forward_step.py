@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from megatron_let.mcore.datasets import Sample
 from megatron_let.mcore.model import unwrap
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.training.alignment import Alignment
+from megatron_let.training.watchdog import Heartbeat
 
 LM_LOSS = "lm loss"
 LossReport = dict[str, torch.Tensor]
@@ -41,6 +42,7 @@ class ForwardStep:
     context: ParallelContext
     eod: int
     alignment: Alignment | None
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     def needs_data(self, chunk: int) -> bool:
         """Return whether model chunk `chunk` of this rank reads tokens.
@@ -60,6 +62,7 @@ class ForwardStep:
         self, iterator: Iterator[Sample] | None, model: torch.nn.Module
     ) -> tuple[torch.Tensor, LossFunction]:
         """Run `model` on the next microbatch; return its output and how to make the loss of it."""
+        self.heartbeat.touch()
         chunk = unwrap(model).vp_stage or 0
         batch = self._next_microbatch(iterator) if self.needs_data(chunk) else None
         if self.alignment is not None:
@@ -71,7 +74,8 @@ class ForwardStep:
 
     def _next_microbatch(self, iterator: Iterator[Sample] | None) -> Microbatch:
         assert iterator is not None, "a chunk that needs data has an iterator"
-        sample = next(iterator)
+        with self.heartbeat.reading():
+            sample = next(iterator)
         return build_microbatch(
             sample["tokens"], sample["labels"], eod=self.eod, data=self.config.data, context=self.context
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import deque
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from megatron_let.log import LOGGER
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.planning.flops import peak_flops, training_flops_per_token
 from megatron_let.training.alignment import AlignmentReport
+from megatron_let.training.bad_numbers import StepOutcome
 from megatron_let.training.metrics import (
     JsonLines,
     Sink,
@@ -44,28 +44,23 @@ class IntervalTotals:
         self.batch_size = 0
         self.grad_norm: float | None = None
         self.num_zeros: int | None = None
-        self.nan_iterations = 0
 
     def add(
         self,
         losses: list[torch.Tensor],
-        grad_norm: float | None,
-        num_zeros: float | None,
-        is_updated: bool,
+        outcome: StepOutcome,
         batch_size: int,
         seconds: float,
     ) -> None:
-        """Add one iteration: its microbatches' [sum, count], gradient norm and zeros, size and time."""
+        """Add one iteration: its microbatches' [sum, count] (none of a bad one), its step, size and time."""
         for loss in losses:
             self.loss += loss
         self.iterations += 1
         self.samples += batch_size
         self.seconds += seconds
         self.batch_size = batch_size
-        self.grad_norm = None if grad_norm is None else float(grad_norm)
-        self.num_zeros = None if num_zeros is None else int(num_zeros)
-        if is_updated and self.grad_norm is not None and not math.isfinite(self.grad_norm):
-            self.nan_iterations += 1
+        self.grad_norm = None if outcome.grad_norm is None else float(outcome.grad_norm)
+        self.num_zeros = None if outcome.num_zeros is None else int(outcome.num_zeros)
 
 
 class ReleaseTimer:
@@ -145,7 +140,7 @@ class Reporter:
             global_batch_size=totals.batch_size,
             loss_scale=loss_scale,
             skipped_iterations=state.skipped_iterations,
-            nan_iterations=totals.nan_iterations,
+            nan_iterations=state.nan_iterations,
             iteration_ms=totals.seconds / totals.iterations * 1e3,
             tokens_per_second=tokens_per_second,
             tokens_per_second_per_device=tokens_per_second / self.context.world_size,

@@ -165,6 +165,8 @@ class CheckpointSaver:
         while self._context.any_rank(not task.is_done):
             yield
         error = task.error
+        if error is not None and not isinstance(error, OSError):
+            raise error  # a defect: this rank's traceback tells it
         if self._context.any_rank(error is not None) and self._context.rank == 0:
             # Its room may be what is missing. Partial checkpoints are never read, so that it may also stay.
             shutil.rmtree(files.partial_directory(self._root, iteration), ignore_errors=True)
@@ -197,12 +199,8 @@ class _Task(Generic[Result]):
             self.error = error
 
 
-def _failure(root: Path, error: Exception) -> LetError:
-    if isinstance(error, OSError):
-        why = error.strerror or str(error)
-    else:
-        LOGGER.error("a checkpoint could not be written", exc_info=error)
-        why = f"{type(error).__name__}: {error}"
+def _failure(root: Path, error: OSError) -> LetError:
+    why = error.strerror or str(error)
     return LetError(
         f"cannot write a checkpoint to {root}: {why}; free space or fix the directory and resume, the previous checkpoint "
         "is untouched"

@@ -4,28 +4,48 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 from megatron_let.config.training import TrainingConfig
+from megatron_let.entry import RunReport
+from megatron_let.log import LOGGER
 from megatron_let.mcore.parallel import ParallelContext
+from megatron_let.signal_pipe import REPEAT_SECONDS, heard_signals
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
     """Set by a signal, read by the trainer between iterations.
 
     `started` is the program's start on `time.monotonic`'s clock, from which `--exit-duration-in-mins` counts.
+    `end_at_once(code, line)` ends the program when a signal comes a second time.
     """
 
-    def __init__(self, started: float | None = None) -> None:
+    def __init__(
+        self, started: float | None = None, end_at_once: Callable[[int, str], object] | None = None
+    ) -> None:
         self.signal_name: str | None = None
         self._started = time.monotonic() if started is None else started
+        self._end_at_once = end_at_once
+        self._received: dict[int, float] = {}
 
-    def receive(self, number: int, _: FrameType | None) -> None:
-        """Take a signal: the first is remembered, a second one ends the process at once by its default action."""
-        self.signal_name = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+    def receive(self, number: int, now: float) -> None:
+        """Take a signal at `now` seconds: the first is remembered, the same one again ends the program at once.
+
+        Again is `REPEAT_SECONDS` later; what comes sooner is the first one, delivered twice.
+        """
+        name = signal.Signals(number).name
+        first = self._received.setdefault(number, now)
+        if self.signal_name is None:
+            self.signal_name = name
+            LOGGER.info(
+                f" received {name}: saving and leaving after this iteration (again after {REPEAT_SECONDS:.0f} s: at once)"
+            )
+        elif now - first >= REPEAT_SECONDS and self._end_at_once is not None:
+            waited = f"{name} came again after {now - first:.0f} s"
+            self._end_at_once(128 + number, f"error: {waited}: ended at once, nothing more is saved")
 
     def reason(self, training: TrainingConfig, context: ParallelContext, iteration: int) -> str | None:
         """Return why the run should save and leave after this iteration, None to go on; every rank calls this.
@@ -44,15 +64,8 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signal(*, is_on: bool, started: float | None = None) -> Iterator[StopRequest]:
-    """Catch SIGTERM and SIGUSR1 inside the context when `is_on` (`--exit-signal-handler`)."""
-    request = StopRequest(started)
-    if not is_on:
+def stop_on_signal(training: TrainingConfig, report: RunReport) -> Iterator[StopRequest]:
+    """Catch SIGTERM and SIGUSR1 inside the context when `--exit-signal-handler` asks for it."""
+    request = StopRequest(report.started, report.end_at_once)
+    with heard_signals(_SIGNALS if training.exit_signal_handler else (), request.receive):
         yield request
-        return
-    previous = {number: signal.signal(number, request.receive) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

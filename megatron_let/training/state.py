@@ -16,7 +16,10 @@ class TrainingState:
     """Training sequences read, which is also the position in the data."""
 
     skipped_iterations: int = 0
-    """Iterations without an optimizer step (gradient overflow under fp16)."""
+    """Iterations without an optimizer step: gradient overflow under fp16, NaN or infinity."""
+
+    nan_iterations: int = 0
+    """Iterations with NaN or infinity in the loss or a gradient; fp16's overflows are none while its scale can fall."""
 
     elapsed_seconds: float = 0.0
     """Time spent training, evaluation and saving left out."""

@@ -6,13 +6,13 @@ import gc
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from megatron_let.config.batches import BatchPlan
 from megatron_let.config.run_config import RunConfig
-from megatron_let.errors import EXIT_DONE, EXIT_PREEMPTED
+from megatron_let.errors import EXIT_DONE, EXIT_PREEMPTED, BadNumbersError
 from megatron_let.mcore.checkpoint import Parts
 from megatron_let.mcore.datasets import DataSplits
 from megatron_let.mcore.model import gathered_parameters
@@ -20,12 +20,14 @@ from megatron_let.mcore.optimizer import learning_rate
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.mcore.schedule import run_schedule
 from megatron_let.training.alignment import Alignment
+from megatron_let.training.bad_numbers import BadNumbersGuard
 from megatron_let.training.evaluation import data_iterators, evaluate, reduce_loss
 from megatron_let.training.forward_step import LM_LOSS, ForwardStep
 from megatron_let.training.report import IntervalTotals, ReleaseTimer, Reporter
 from megatron_let.training.saving import CheckpointSaver
 from megatron_let.training.signals import StopRequest
 from megatron_let.training.state import TrainingState
+from megatron_let.training.watchdog import watched
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,18 @@ class Trainer:
         self.run = run
         self.state = state
         self._stop = stop
+        self._heartbeat = run.forward_step.heartbeat
         self._total = run.total_iterations
         self._interval = IntervalTotals(run.context.device)
         self._release_timer = ReleaseTimer()
-        self._last_saved: int | None = state.iteration or None
+        self._guard = BadNumbersGuard(run.config, run.context, run.parts.student, run.alignment, state)
+        self._last_saved = state.iteration
 
     def fit(self) -> int:
         """Train to the end (or until told to stop) and return the exit code; every rank calls this."""
         try:
-            return self._train()
+            with watched(self._heartbeat, self.run.context, self.run.config.parallel):
+                return self._train()
         finally:
             # A preempted program ends without exit handlers: what TensorBoard and W&B still hold goes out here.
             self.run.reporter.close()
@@ -95,14 +100,16 @@ class Trainer:
 
     def step(self, iterators: list[Any]) -> None:
         """Do one iteration with all that belongs to it: release, optimizer step, log, validation, checkpoint."""
+        self._heartbeat.begin(self.state.iteration + 1)
         if self.run.saver is not None:
             self.run.saver.poll()
         self._release_teacher_when_due()
         self._iterate(iterators)
         self._after_iteration()
+        self._heartbeat.finish()
 
     def _iterate(self, iterators: list[Any]) -> None:
-        """One optimizer step over one global batch; an fp16 overflow skips the update and is counted."""
+        """One optimizer step over one global batch; fp16's overflow and bad numbers skip it and are counted."""
         run, state, started = self.run, self.state, time.perf_counter()
         student, optimizer, scheduler = run.parts.student, run.parts.optimizer, run.parts.scheduler
         assert optimizer is not None, "a training run has an optimizer"
@@ -112,6 +119,7 @@ class Trainer:
         for chunk in student.chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
+        self._guard.begin_iteration()
         if run.alignment is not None:
             run.alignment.begin_iteration(
                 state.iteration, num_microbatches=num_microbatches, loss_scale=optimizer.get_loss_scale()
@@ -127,9 +135,11 @@ class Trainer:
         if run.alignment is not None:
             run.alignment.end_iteration()
         self._empty_unused_memory(at_level=1)
-        is_updated, grad_norm, num_zeros = optimizer.step()
+        self._heartbeat.enter("optimizer")
+        losses = [report[LM_LOSS] for report in reports]
+        outcome = self._guard.step(optimizer, losses, state)
         self._empty_unused_memory(at_level=2)
-        if is_updated:
+        if outcome.is_updated:
             scheduler.step(increment=batch_size)
         else:
             state.skipped_iterations += 1
@@ -138,9 +148,8 @@ class Trainer:
         seconds = time.perf_counter() - started
         state.elapsed_seconds += seconds
         self._release_timer.add(seconds)
-        self._interval.add(
-            [report[LM_LOSS] for report in reports], grad_norm, num_zeros, is_updated, batch_size, seconds
-        )
+        self._interval.add([] if outcome.is_bad else losses, outcome, batch_size, seconds)
+        self._guard.end_iteration(state)
 
     def _empty_unused_memory(self, *, at_level: int) -> None:
         if self.run.context.is_on_gpu and self.run.config.training.empty_unused_memory_level >= at_level:
@@ -152,6 +161,8 @@ class Trainer:
             self.run.reporter.say(line)
         if iteration % config.logging.log_interval == 0 or iteration == self._total:
             self._log()
+        if self._guard.must_end:
+            self._end_with_bad_numbers()
         interval = config.training.manual_gc_interval
         if config.training.manual_gc and interval and iteration % interval == 0:
             gc.collect()
@@ -164,6 +175,7 @@ class Trainer:
 
     def _log(self) -> None:
         """Reduce the interval's numbers over all ranks and report them."""
+        self._heartbeat.enter("log")
         run, totals = self.run, self._interval
         lm_loss = reduce_loss(totals.loss, run.context)
         let_report = None if run.alignment is None else run.alignment.collect()
@@ -186,6 +198,7 @@ class Trainer:
         run = self.run
         if dataset is None or run.config.validation.eval_iters == 0:
             return
+        self._heartbeat.enter("evaluation")
         with self._gathered():
             loss = evaluate(run.config, run.context, run.parts.student, run.forward_step, dataset)
         if name == "validation":
@@ -194,16 +207,47 @@ class Trainer:
             run.reporter.say(f" test loss at the end of training | lm loss value: {loss:.6E} |")
 
     def _save(self, *, is_last: bool = False) -> None:
-        """Save the current iteration unless it is saved already or there is nowhere to; the last save is waited for."""
-        saver = self.run.saver
+        """Save the last good iteration unless it is saved already or there is nowhere to; the last save is waited for.
+
+        Raises:
+            BadNumbersError: a weight is not finite; nothing is written.
+        """
+        saver, state = self.run.saver, self._guard.state_to_save(self.state)
         if saver is None or self.run.config.validation.skip_train:
             return
-        if self._last_saved != self.state.iteration:
+        if self._last_saved != state.iteration:
+            if poisoned := self._poisoned_weight():
+                raise BadNumbersError(
+                    f"iteration {state.iteration} is not saved: {poisoned}; resume from an older checkpoint"
+                )
+            self._heartbeat.enter("save")
             with self._gathered():
-                saver.begin(self.state)
-            self._last_saved = self.state.iteration
+                saver.begin(state)
+            self._last_saved = state.iteration
         if is_last or not self.run.config.checkpoint.async_save:
             saver.wait()
+
+    def _end_with_bad_numbers(self) -> NoReturn:
+        """Save the last good state, unless it is, and raise BadNumbersError; every rank calls this."""
+        good = self._guard.state_to_save(self.state)
+        poisoned = self._poisoned_weight()
+        if poisoned is None:
+            self._save(is_last=True)
+        if poisoned is not None:
+            saved = f"nothing is saved, for {poisoned}"
+        elif good.iteration == 0:
+            saved = "there is nothing to save: no iteration was good"
+        elif self._last_saved == good.iteration:
+            saved = f"the last good state is in the checkpoint of iteration {good.iteration}"
+        else:
+            saved = f"the last good state, of iteration {good.iteration}, is lost: no --save was given"
+        error = self._guard.error(self.state, saved=saved)
+        self.state = good
+        raise error
+
+    def _poisoned_weight(self) -> str | None:
+        with self._gathered():
+            return self._guard.poisoned_weight()
 
     def _gathered(self) -> AbstractContextManager[None]:
         return gathered_parameters(self.run.config, self.run.parts.student)

@@ -45,10 +45,10 @@ def test_bf16_reduces_gradients_in_fp32_unless_told_otherwise(parse: Parse) -> N
     assert parse("--fp16").ddp.grad_reduce_in_fp32 is False
 
 
-def test_dynamic_loss_scaling_turns_the_nan_check_off(parse: Parse) -> None:
-    assert parse().ddp.check_for_nan_in_grad is True
-    assert parse("--fp16").ddp.check_for_nan_in_grad is False
-    assert parse("--fp16 --loss-scale 1024").ddp.check_for_nan_in_grad is True
+def test_numbers_are_checked_in_every_precision_unless_told_otherwise(parse: Parse) -> None:
+    for words in ("", "--fp16", "--fp16 --loss-scale 1024"):
+        assert parse(words).ddp.check_for_nan_in_grad is True
+        assert parse(f"{words} --no-check-for-nan-in-loss-and-grad").ddp.check_for_nan_in_grad is False
 
 
 def test_old_spellings_mean_what_replaced_them(parse: Parse) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_let.entry import RunReport, end_program, run_main
 from megatron_let.errors import ConfigError
+from megatron_let.signal_pipe import heard_signals
 
 RANK = int(os.environ["RANK"])
 CODE_AFTER_SIGTERM = 5
@@ -33,6 +34,10 @@ def main(report: RunReport) -> int:
         os._exit(7)
     if ending == "saves_on_sigterm":
         return save_on_sigterm(directory)
+    if ending == "with_children":
+        fork_a_child(directory)
+    if ending == "says_second_signal":
+        return wait_for_second_signal(report, directory)
     if ending == "ignores_sigterm":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     Path(directory, f"ready_{RANK}").touch()
@@ -52,10 +57,37 @@ def all_reduce_and_print() -> int:
     return 0
 
 
+def fork_a_child(directory: Path) -> None:
+    """Fork a program, as a data loader does, that would wait for longer than any test and heeds no SIGTERM."""
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+        os._exit(0)
+    Path(directory, f"pid_{RANK}_child").write_text(str(child))
+
+
+def wait_for_second_signal(report: RunReport, directory: Path) -> int:
+    """End at once at the second SIGTERM, whatever the main thread does."""
+    received: list[float] = []
+
+    def hear(number: int, now: float) -> None:
+        received.append(now)
+        Path(directory, f"heard_{RANK}_{len(received)}").touch()
+        if len(received) == 2:
+            report.end_at_once(128 + number, f"error: a second one ({RANK})")
+
+    with heard_signals([signal.SIGTERM], hear):
+        Path(directory, f"ready_{RANK}").touch()
+        time.sleep(600)
+    return 0
+
+
 def save_on_sigterm(directory: Path) -> int:
-    """Wait for SIGTERM, then take a while to save, whatever signals come meanwhile."""
+    """Wait for SIGTERM or SIGUSR1, then take a while to save, whatever signals come meanwhile."""
     received: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: received.append(number))
     Path(directory, f"ready_{RANK}").touch()
     while not received:
         time.sleep(0.02)

@@ -38,11 +38,15 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
+            start_new_session=True,
         )
         started.append(program)
         return program
 
     yield start
+    for note in tmp_path.glob("pid_*"):  # a failed test's, which would keep the streams open
+        if is_running(note.read_text()):
+            os.kill(int(note.read_text()), signal.SIGKILL)
     for program in started:
         program.kill()
         program.communicate()
@@ -63,8 +67,16 @@ def status_in(directory: Path) -> dict[str, Any]:
 
 
 def workers_run(directory: Path) -> bool:
-    """Return whether any of the two workers is still there (one stopped at its start has left no id)."""
-    return any(Path("/proc", note.read_text()).exists() for note in directory.glob("pid_*"))
+    """Return whether a worker, or a child of one, is still there (one stopped at its start has left no id)."""
+    return any(is_running(note.read_text()) for note in directory.glob("pid_*"))
+
+
+def is_running(pid: str) -> bool:
+    """Return whether a program with this id runs; one that has ended and waits to be noticed does not."""
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def test_a_good_run_ends_with_0_and_says_only_what_its_workers_say(launch: Launch, tmp_path: Path) -> None:
@@ -117,14 +129,15 @@ def test_a_code_without_a_word_is_passed_on_and_named(launch: Launch) -> None:
     assert err == "error: rank 1 ended with exit code 7; its own output says why\n"
 
 
-def test_sigterm_goes_to_the_workers_which_may_save_and_choose_the_code(
-    launch: Launch, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_goes_to_the_workers_which_may_save_and_choose_the_code(
+    number: int, launch: Launch, tmp_path: Path
 ) -> None:
     program = launch("saves_on_sigterm")
     wait_for(lambda: all((tmp_path / f"ready_{rank}").exists() for rank in (0, 1)))
-    program.send_signal(signal.SIGTERM)
+    program.send_signal(number)
     wait_for(lambda: all((tmp_path / f"saving_{rank}").exists() for rank in (0, 1)))
-    program.send_signal(signal.SIGTERM)  # a second one during the save
+    program.send_signal(number)  # a second one during the save
     _, err = program.communicate(timeout=LIMIT)
     assert program.returncode == 5, err
     assert all(int((tmp_path / f"saved_{rank}").read_text()) >= 2 for rank in (0, 1))
@@ -142,10 +155,60 @@ def test_workers_that_ignore_sigterm_are_killed_after_the_grace(launch: Launch, 
     assert not workers_run(tmp_path)
 
 
-def test_workers_do_not_outlive_a_launcher_that_is_killed(launch: Launch, tmp_path: Path) -> None:
-    program = launch("ignores_sigterm")
+def test_ctrl_c_delivered_twice_is_one_and_a_worker_says_it_in_one_line(
+    launch: Launch, tmp_path: Path
+) -> None:
+    program = launch("waits")
     wait_for(lambda: all((tmp_path / f"ready_{rank}").exists() for rank in (0, 1)))
+    program.send_signal(signal.SIGINT)
+    program.send_signal(signal.SIGINT)
+    _, err = program.communicate(timeout=LIMIT)
+    assert (program.returncode, err) == (128 + signal.SIGINT, "error: interrupted\n")
+
+
+def test_a_second_signal_ends_the_run_at_once_in_one_line(launch: Launch, tmp_path: Path) -> None:
+    program = launch("says_second_signal")
+    wait_for(lambda: all((tmp_path / f"ready_{rank}").exists() for rank in (0, 1)))
+    program.send_signal(signal.SIGTERM)
+    wait_for(lambda: all((tmp_path / f"heard_{rank}_1").exists() for rank in (0, 1)))
+    program.send_signal(signal.SIGTERM)
+    _, err = program.communicate(timeout=LIMIT)
+    assert program.returncode == 128 + signal.SIGTERM
+    assert err.startswith("error: a second one (")
+    assert err.count("\n") == 1
+    status = status_in(tmp_path)
+    assert (status["exit_code"], status["reason"]) == (143, "signal SIGTERM")
+
+
+def kill_launcher(program: subprocess.Popen, directory: Path) -> None:
+    """Kill the launcher alone."""
     program.kill()
+
+
+def kill_group(program: subprocess.Popen, directory: Path) -> None:
+    """Kill the launcher's process group."""
+    os.killpg(program.pid, signal.SIGKILL)
+
+
+def kill_rank_1(program: subprocess.Popen, directory: Path) -> None:
+    """Kill a worker."""
+    os.kill(int((directory / "pid_1").read_text()), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("launcher", ["megatron_let.launch", "torch.distributed.run"])
+@pytest.mark.parametrize("kill", [kill_launcher, kill_group, kill_rank_1])
+def test_nothing_outlives_a_launcher_or_a_worker_that_is_killed(
+    kill: Callable[[subprocess.Popen, Path], None], launcher: str, launch: Launch, tmp_path: Path
+) -> None:
+    program = launch("with_children", launcher=launcher)
+    wait_for(lambda: all((tmp_path / f"ready_{rank}").exists() for rank in (0, 1)))
+    assert len(list(tmp_path.glob("pid_*"))) == 4
+    assert workers_run(tmp_path)
+    kill(program, tmp_path)
+    if kill is kill_rank_1:
+        _, err = program.communicate(timeout=LIMIT)
+        assert program.returncode != 0
+        assert "rank 1 (pid " in err or "rank      : 1" in err
     wait_for(lambda: not workers_run(tmp_path))
 
 

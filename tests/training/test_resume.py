@@ -27,6 +27,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "dp2": (2, {}),
     "dp2-distributed-optimizer": (2, {"--use-distributed-optimizer": None}),
+    "dp2-buckets": (
+        2,
+        {"--use-distributed-optimizer": None, "--overlap-grad-reduce": None, "--ddp-bucket-size": 10_000},
+    ),
     "tp2-sp": (2, {"--tensor-model-parallel-size": 2, "--sequence-parallel": None}),
     "pp2-vp2": (2, {"--pipeline-model-parallel-size": 2, "--num-layers-per-virtual-pipeline-stage": 1}),
     "fp16": (1, {"--fp16": None, "--initial-loss-scale": 4096}),
@@ -108,10 +112,12 @@ def test_a_run_resumes_on_another_layout(
     assert largest_difference(*weights) <= 2e-5  # Adam amplifies roundings of near-zero gradients
 
 
+@pytest.mark.parametrize("bucket_size", [False, 10_000], ids=["one bucket", "buckets"])
 def test_distributed_optimizer_state_moves_between_layouts(
-    base: dict[str, Any], pool: RankPool, tmp_path: Path
+    bucket_size: int, base: dict[str, Any], pool: RankPool, tmp_path: Path
 ) -> None:
-    base = {**base, "--hidden-dropout": 0, "--use-distributed-optimizer": None}
+    base = {**base, "--hidden-dropout": 0, "--use-distributed-optimizer": None, "--overlap-grad-reduce": None}
+    base["--ddp-bucket-size"] = bucket_size
     pool.run(2, train, arguments(TINY_STUDENT, {**base, "--save": tmp_path / "whole"}))
     own = {**base, "--save": tmp_path / "cut", "--load": tmp_path / "cut"}
     pool.run(2, train, arguments(TINY_STUDENT, {**own, "--exit-interval": 2}))

@@ -19,7 +19,7 @@ MINIMUM = {
         lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples eval_interval
         num_dataset_builder_threads save_interval save_retain_interval log_interval
         loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis fp8_amax_history_len
-        let_student_layer let_teacher_layer let_stop_iters
+        let_student_layer let_teacher_layer let_stop_iters max_skipped_iterations
     """,
     2: "save_keep_last",  # the newest is read back before the others are deleted, and still may go bad
     0: """

@@ -168,8 +168,10 @@ def check_weight_decay(config: RunConfig) -> None:
 
 
 def check_loop(config: RunConfig) -> None:
-    """Garbage collection."""
+    """Garbage collection, and when bad numbers end a run."""
     training = config.training
+    if not config.ddp.check_for_nan_in_grad:
+        require_takes_effect(training, "max_skipped_iterations", needs="--check-for-nan-in-loss-and-grad")
     if not training.manual_gc:
         require_takes_effect(training, "manual_gc_interval", "manual_gc_eval", needs="--manual-gc")
 

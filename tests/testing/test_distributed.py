@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -246,3 +247,18 @@ def test_the_groups_of_earlier_cases_leave_no_threads(pool: RankPool) -> None:
     words = arguments(TINY_STUDENT, {"--mock-data": None, "--train-iters": 1})
     counts = [max(pool.run(2, train_and_count_threads, words)) for _ in range(4)]
     assert counts[-1] <= counts[1]
+
+
+def leave_threads(count: int) -> int:
+    """Leave this worker with threads that do not end; return its process id."""
+    for _ in range(count):
+        threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+    return os.getpid()
+
+
+def test_a_worker_that_is_full_of_threads_is_replaced() -> None:
+    with RankPool(1) as pool:
+        first = pool.run(1, leave_threads, 20, init_process_group=False)[0]
+        again = pool.run(1, leave_threads, 300, init_process_group=False)[0]
+        assert again == first
+        assert pool.run(1, leave_threads, 0, init_process_group=False)[0] != first

@@ -277,7 +277,7 @@ def _no_teacher(choose: random.Random, *, is_before: bool) -> Drill:
         (EXIT_PREEMPTED,),
         exit_interval=STOP_ITERS - SAVE_INTERVAL if is_before else STOP_ITERS,
         damage=damage,
-        refused="--let-teacher-load" if is_before else None,
+        refused="teacher" if is_before else None,
         max_lost=0,
     )
 
@@ -298,9 +298,7 @@ def _read_only(choose: random.Random) -> Drill:
         make_writable(place.save, False)
         return "save directory read-only"
 
-    return _stopped(
-        "read-only directory", damage, choose, refused="cannot be written to", on_tmpfs=True, max_lost=0
-    )
+    return _stopped("read-only directory", damage, choose, refused="cannot be", on_tmpfs=True, max_lost=0)
 
 
 def make_writable(directory: Path, is_writable: bool) -> None:

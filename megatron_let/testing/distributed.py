@@ -44,7 +44,6 @@ DEFAULT_TIMEOUT = 120.0
 FAILURE_GRACE = 2.0
 ALL_DONE = b"all done"
 NEVER = float("inf")
-_MAX_THREADS = 250
 _SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -153,8 +152,8 @@ class RankPool:
         _kill(self._workers)
 
     def _start(self, count: int) -> None:
-        """Have `count` workers running; start from nothing when one of the present ones has ended or is worn out."""
-        if any(not worker.program.is_alive() or _is_worn_out(worker) for worker in self._workers):
+        """Have `count` workers running; start from nothing when one of the present ones has ended."""
+        if any(not worker.program.is_alive() for worker in self._workers):
             self.close()
         context = get_context("spawn")
         while len(self._workers) < count:
@@ -184,15 +183,6 @@ def _collect(workers: Sequence[_Worker], timeout: float) -> list[Outcome]:
                 if outcomes[rank].failure is not None:
                     deadline = min(deadline, time.monotonic() + FAILURE_GRACE)
     return [outcomes[rank] for rank in range(len(workers))]
-
-
-def _is_worn_out(worker: _Worker) -> bool:
-    """Return whether earlier cases have left a worker with so many threads that they slow down the next one.
-
-    megatron-core's distributed optimizer keeps its process groups alive, each of them with threads that poll.
-    """
-    tasks = Path(f"/proc/{worker.program.pid}/task")  # Linux only
-    return tasks.is_dir() and len(list(tasks.iterdir())) > _MAX_THREADS
 
 
 def _receive(worker: _Worker) -> Outcome:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -242,23 +241,23 @@ def train_and_count_threads(argv: list[str]) -> int:
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads by Linux's /proc")
-def test_the_groups_of_earlier_cases_leave_no_threads(pool: RankPool) -> None:
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"--use-distributed-optimizer": None},
+        {
+            "--use-distributed-optimizer": None,
+            "--overlap-grad-reduce": None,
+            "--overlap-param-gather": None,
+            "--bf16": None,
+        },
+        {"--use-distributed-optimizer": None, "--pipeline-model-parallel-size": 2, "--fp16": None},
+    ],
+    ids=lambda layout: " ".join(layout) or "plain",
+)
+def test_the_groups_of_earlier_cases_leave_no_threads(layout: dict[str, object], pool: RankPool) -> None:
     """Each gloo group has three; left behind, hundreds of them slow every later case down."""
-    words = arguments(TINY_STUDENT, {"--mock-data": None, "--train-iters": 1})
+    words = arguments(TINY_STUDENT, {"--mock-data": None, "--train-iters": 1, **layout})
     counts = [max(pool.run(2, train_and_count_threads, words)) for _ in range(4)]
     assert counts[-1] <= counts[1]
-
-
-def leave_threads(count: int) -> int:
-    """Leave this worker with threads that do not end; return its process id."""
-    for _ in range(count):
-        threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
-    return os.getpid()
-
-
-def test_a_worker_that_is_full_of_threads_is_replaced() -> None:
-    with RankPool(1) as pool:
-        first = pool.run(1, leave_threads, 20, init_process_group=False)[0]
-        again = pool.run(1, leave_threads, 300, init_process_group=False)[0]
-        assert again == first
-        assert pool.run(1, leave_threads, 0, init_process_group=False)[0] != first

@@ -42,7 +42,6 @@ setup(
         "data": ["gigatoken", "pyarrow", "zstandard"],
         "test": [
             "pytest",
-            "pytest-xdist",
             "hypothesis",
             "ruff",
             "mypy",

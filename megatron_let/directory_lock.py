@@ -85,7 +85,7 @@ def _open(path: Path) -> int | None:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # not passed on to programs that are started
     except OSError as problem:
-        if path.exists():
+        if path.exists() and problem.errno != errno.EROFS:
             raise ConfigError(
                 f"{path} cannot be opened ({problem.strerror}); remove it when no run uses that directory"
             ) from problem

@@ -22,4 +22,4 @@ mypy .
 if command -v shellcheck >/dev/null; then
     shellcheck scripts/*.sh .ci/run
 fi
-python -m pytest --numprocesses 2 --dist loadfile
+python -m pytest

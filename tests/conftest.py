@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -22,8 +23,13 @@ OFFLINE = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set the environment before any test module, and with it torch, is imported."""
+    """Set the environment before any test module, and with it torch, is imported.
+
+    A shell makes its background jobs ignore SIGINT, and they their children: those of the tests begin as from a terminal.
+    """
     os.environ.update(OFFLINE)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

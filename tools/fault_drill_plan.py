@@ -6,8 +6,8 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,47 +91,38 @@ def _somewhere(choose: random.Random) -> tuple[str, int]:
     return layout, choose.randrange(LAYOUTS[layout][0])
 
 
-def _moment(choose: random.Random) -> int:
-    """Return an iteration after the first checkpoint."""
-    return choose.randrange(SAVE_INTERVAL + 1, TRAIN_ITERS - 1)
+def _during(
+    kind: str,
+    action: str,
+    choose: random.Random,
+    *,
+    ends: int = KILLED,
+    places: Sequence[str] = ("forward", "optimizer", "iteration_end"),
+    rank: int | None = None,
+    **more: Any,
+) -> Drill:
+    """Return a drill in which something happens in the middle of an iteration, to a chosen rank unless one is given."""
+    layout, chosen = _somewhere(choose)
+    is_async = choose.random() < 0.5
+    # In the background a save may take until the next one begins, which waits for it.
+    unsaved = SAVE_INTERVAL * (2 if is_async else 1)
+    moment = choose.randrange(unsaved + 1, TRAIN_ITERS - 1)
+    fault = Fault(action, choose.choice(places), moment, chosen if rank is None else rank)
+    return Drill(kind, layout, is_async, (ends,), fault, **{"max_lost": unsaved, **more})
 
 
 def _kill(choose: random.Random) -> Drill:
-    layout, rank = _somewhere(choose)
-    place = choose.choice(["forward", "optimizer", "iteration_end"])
-    return Drill(
-        "kill one rank",
-        layout,
-        choose.random() < 0.5,
-        (KILLED,),
-        Fault("kill", place, _moment(choose), rank),
-        max_lost=SAVE_INTERVAL + 1,
-        says=f"rank {rank} ",
-    )
+    drill = _during("kill one rank", "kill", choose)
+    assert drill.fault is not None
+    return replace(drill, says=f"rank {drill.fault.rank} ")
 
 
 def _kill_all(choose: random.Random) -> Drill:
-    layout, _ = _somewhere(choose)
-    return Drill(
-        "kill all ranks",
-        layout,
-        choose.random() < 0.5,
-        (KILLED,),
-        Fault("kill", "forward", _moment(choose), -1),
-        max_lost=SAVE_INTERVAL + 1,
-    )
+    return _during("kill all ranks", "kill", choose, places=["forward"], rank=-1)
 
 
 def _kill_launcher(choose: random.Random) -> Drill:
-    layout, rank = _somewhere(choose)
-    return Drill(
-        "kill the launcher",
-        layout,
-        choose.random() < 0.5,
-        (KILLED,),
-        Fault("kill_launcher", "forward", _moment(choose), rank),
-        max_lost=SAVE_INTERVAL + 1,
-    )
+    return _during("kill the launcher", "kill_launcher", choose, places=["forward"])
 
 
 def _kill_in_save(choose: random.Random) -> Drill:
@@ -148,35 +139,21 @@ def _kill_in_save(choose: random.Random) -> Drill:
         (KILLED,),
         Fault("kill", step, iteration, rank),
         flags={"--save-keep-last": 2} if is_deletion else {},
-        # While it is written in the background, training goes on until the ranks miss the one that is gone.
+        # The interval before it, and what was trained while it was written in the background.
         max_lost=2 * SAVE_INTERVAL,
     )
 
 
 def _terminate(choose: random.Random) -> Drill:
-    layout, rank = _somewhere(choose)
     action = choose.choice(["terminate", "terminate_launcher", "terminate_twice"])
-    return Drill(
-        "SIGTERM",
-        layout,
-        choose.random() < 0.5,
-        (EXIT_PREEMPTED,),
-        Fault(action, choose.choice(["forward", "optimizer", "iteration_end"]), _moment(choose), rank),
-        flags={"--exit-signal-handler": None},
-        max_lost=0,
-    )
+    flags = {"--exit-signal-handler": None}
+    return _during("SIGTERM", action, choose, ends=EXIT_PREEMPTED, flags=flags, max_lost=0)
 
 
 def _error(choose: random.Random) -> Drill:
-    layout, rank = _somewhere(choose)
-    return Drill(
-        "error on one rank",
-        layout,
-        False,
-        (EXIT_CRASH,),
-        Fault("raise", choose.choice(["forward", "optimizer"]), _moment(choose), rank),
-        max_lost=SAVE_INTERVAL + 1,
-        says="the drill's own error",
+    words = "the drill's own error"
+    return _during(
+        "error on one rank", "raise", choose, ends=EXIT_CRASH, places=["forward", "optimizer"], says=words
     )
 
 
@@ -329,9 +306,8 @@ def _hang(choose: random.Random) -> Drill:
         layout,
         False,
         (EXIT_CRASH, 128 + 6, KILLED),
-        Fault("stop", "forward", _moment(choose), choose.randrange(2)),
+        Fault("stop", "forward", choose.randrange(SAVE_INTERVAL + 1, TRAIN_ITERS - 1), choose.randrange(2)),
         flags={"--distributed-timeout-minutes": 1},
-        max_lost=SAVE_INTERVAL + 1,
     )
 
 

@@ -17,9 +17,9 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -49,17 +49,13 @@ def course(argv: list[str], every: int) -> list[Point]:
     points: list[Point] = []
     step = Trainer.step
 
-    @wraps(step)
     def observed(self: Trainer, iterators: Any) -> None:
         step(self, iterators)
         if self.state.iteration % every == 0:
             points.append(_point(self.state.iteration))
 
-    Trainer.step = observed  # type: ignore[method-assign]
-    try:
+    with patch.object(Trainer, "step", observed):
         train(argv)
-    finally:
-        Trainer.step = step  # type: ignore[method-assign]
     return points
 
 

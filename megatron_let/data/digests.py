@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 _BLOCK_BYTES = 1 << 24
+_SAMPLE_BYTES = 1 << 16
 
 
 def sha256_of(path: str | Path, on_bytes: Callable[[int], None] | None = None) -> str:
@@ -40,3 +41,16 @@ def sha256_of_stream(
         digest.update(block)
         take(block)
     return digest.hexdigest()
+
+
+def add_samples(digest: hashlib._Hash, path: Path, samples: int) -> None:
+    """Add 64-KiB samples of a file to a digest, evenly spaced from its first byte to its last.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    last = max(0, path.stat().st_size - _SAMPLE_BYTES)
+    with path.open("rb") as stream:
+        for index in range(samples):
+            stream.seek(last * index // (samples - 1))
+            digest.update(stream.read(_SAMPLE_BYTES))

@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_let.data.digests import sha256_of_stream
 from megatron_let.mcore.checkpoint import (
     ITERATION,
     RUN,
@@ -40,7 +41,6 @@ from megatron_let.mcore.checkpoint import (
 from megatron_let.mcore.optimizer import schedule_state
 from megatron_let.mcore.parallel import ParallelContext
 
-_BLOCK = 1 << 22
 _FORMAT = ("torch_dist", 1)
 
 
@@ -193,15 +193,13 @@ def verify(path: Path, entry: dict[str, object]) -> None:
     Raises:
         OSError: what comes back is not what was written.
     """
-    digest, size = hashlib.sha256(), 0
+    sizes: list[int] = []
     with path.open("rb") as file:
         os.fsync(file.fileno())
         if hasattr(
             os, "posix_fadvise"
         ):  # so that the disk is asked, not the memory that holds what was written
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            size += len(block)
-    if {"bytes": size, "sha256": digest.hexdigest()} != entry:
+        digest = sha256_of_stream(file, lambda block: sizes.append(len(block)))
+    if {"bytes": sum(sizes), "sha256": digest} != entry:
         raise OSError(f"{path.name} does not read back as it was written")

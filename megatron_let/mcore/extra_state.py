@@ -63,16 +63,10 @@ class _Storage(_Value):
         torch.load(io.BytesIO(self.args[0]), map_location="cpu", weights_only=True)
 
 
-class _Format(Enumeration):
+class _Format(_Value, Enumeration):
     """A choice of number types."""
 
     __slots__ = ()
-
-    def check_args(self) -> None:
-        _check_values(self.args)
-
-    def __setstate__(self, state: Any) -> None:
-        raise Refused("changes a value after it was made")
 
 
 _RECIPES = """

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -36,10 +37,26 @@ def build_optimizer(config: RunConfig, student: Student) -> MegatronOptimizer:
         use_gloo_process_groups=False,
     )
     _use_fused_adam_on_cpu(optimizer)
-    student.core_config.grad_scale_func = optimizer.scale_loss
+    student.core_config.grad_scale_func = _weakly(optimizer.scale_loss)
     student.core_config.finalize_model_grads_func = finalize_model_grads
     _tie_overlapped_communication(config, student)
     return optimizer
+
+
+def _weakly(method: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function that calls a method and does not keep its object alive.
+
+    A distributed optimizer leads back to the model through autograd, where Python's garbage collector does not see it:
+    held by the model's config, both would stay for ever, with their process groups.
+    """
+    reference = weakref.WeakMethod(method)
+
+    def call(tensor: torch.Tensor) -> torch.Tensor:
+        alive = reference()
+        assert alive is not None, "the optimizer outlives the steps that it is used in"
+        return alive(tensor)
+
+    return call
 
 
 def _group_overrides(core: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:

@@ -7,7 +7,6 @@ SAVE/iter_0000100.partial/                one whose save did not finish; never r
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -16,13 +15,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from megatron_let.data.digests import sha256_of
 from megatron_let.errors import ConfigError
 from megatron_let.plain_json import read_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 _PARTIAL = ".partial"
-_BLOCK = 1 << 22
 FileEntry = dict[str, object]
 """`bytes` and `sha256` of a file."""
 _NOTHING: Mapping[str, FileEntry] = MappingProxyType({})
@@ -101,15 +100,6 @@ def prepare_partial(root: Path, iteration: int) -> Path:
     return directory
 
 
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def describe_files(directory: Path, *, known: Mapping[str, FileEntry] = _NOTHING) -> dict[str, FileEntry]:
     """Return size and SHA-256 of each file of a checkpoint; those that are `known` are not read again."""
     names = sorted(entry.name for entry in directory.iterdir() if entry.is_file() and entry.name != MANIFEST)
@@ -119,7 +109,7 @@ def describe_files(directory: Path, *, known: Mapping[str, FileEntry] = _NOTHING
 def _describe(path: Path) -> FileEntry:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": checksum(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def finish(root: Path, iteration: int, files: Mapping[str, FileEntry]) -> None:
@@ -207,7 +197,7 @@ def _file_damage(path: Path, size: int, digest: str | None) -> str | None:
         actual = path.stat().st_size
         if actual != size:
             return f"{path.name} has {actual} bytes instead of {size}"
-        is_same = digest is None or checksum(path) == digest
+        is_same = digest is None or sha256_of(path) == digest
         return None if is_same else f"{path.name} does not match its checksum"
     except OSError as problem:
         return f"{path.name} cannot be read ({problem.strerror or problem})"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let.config.run_config import RunConfig
+from megatron_let.data.digests import add_samples
 from megatron_let.data.identity import data_identity
 from megatron_let.data.manifest import read_manifest
 from megatron_let.errors import ConfigError
@@ -22,7 +23,6 @@ from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.plain_json import shown
 
 _PROBES = 256
-_SAMPLE_BYTES = 1 << 16
 _SAMPLES = 64
 _SETTINGS = (
     ("data", "split"),
@@ -86,12 +86,7 @@ def _fingerprint(prefix: str) -> str:
     if manifest is not None and manifest.bin_sha256:
         digest.update(manifest.bin_sha256.encode())
         return digest.hexdigest()
-    path = Path(f"{prefix}.bin")
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        for index in range(_SAMPLES):
-            stream.seek(max(0, size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
-            digest.update(stream.read(_SAMPLE_BYTES))
+    add_samples(digest, Path(f"{prefix}.bin"), _SAMPLES)
     return digest.hexdigest()
 
 

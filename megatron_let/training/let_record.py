@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_let.config.let import LetConfig
 from megatron_let.config.run_config import RunConfig
+from megatron_let.data.digests import add_samples
 from megatron_let.errors import ConfigError
 from megatron_let.exit_status import EXIT_STATUS_FILE
 from megatron_let.let import LetSchedule, default_student_layer, resolve_stop
@@ -18,7 +19,6 @@ from megatron_let.training.teachers import teacher_dtype, teacher_files
 
 # Files of a teacher directory that decide what it computes.
 _IDENTITY_SUFFIXES = (".safetensors", ".distcp", ".pt", ".json", ".metadata")
-_SAMPLE = 1 << 16
 _SAMPLES = 32
 
 
@@ -57,12 +57,8 @@ def teacher_identity(directory: Path) -> str:
             continue
         if path.name == EXIT_STATUS_FILE:  # says how a run ended that was told to save here
             continue
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            for index in range(_SAMPLES):
-                file.seek(max(0, size - _SAMPLE) * index // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE))
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        add_samples(digest, path, _SAMPLES)
     return digest.hexdigest()
 
 
@@ -95,6 +91,11 @@ def reconcile(
     if completed_iterations >= saved["stop_iteration"]:
         values["teacher_identity"] = saved["teacher_identity"]
     for name, value in values.items():
+        if name == "teacher_identity" and value is None and saved[name] is not None:
+            raise ConfigError(
+                f"--let-teacher-load {let.let_teacher_load} holds no teacher, which the run needs until iteration "
+                f"{saved['stop_iteration']} (the checkpoint is of {completed_iterations}); give back its directory"
+            )
         if saved[name] != value:
             raise ConfigError(
                 f"LET setting {name.replace('_', ' ')} is {value} but the checkpoint was trained with {shown(saved[name])}; "

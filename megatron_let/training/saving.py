@@ -115,10 +115,11 @@ class CheckpointSaver:
     def wait(self) -> None:
         """Finish the save in the background, if there is one; every rank calls this. Raises LetError as `poll` does."""
         pause, longest = _ASK_SECONDS
+        self.poll()
         while self._pending is not None:
-            self.poll()
             time.sleep(pause)
             pause = min(2 * pause, longest)
+            self.poll()
 
     def _write(self, content: Content, iteration: int, started: float) -> Iterator[None]:
         """Go through a save, yielding whenever some rank is not yet done."""

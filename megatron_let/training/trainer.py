@@ -216,12 +216,12 @@ class Trainer:
         if saver is None or self.run.config.validation.skip_train:
             return
         if self._last_saved != state.iteration:
-            if poisoned := self._poisoned_weight():
-                raise BadNumbersError(
-                    f"iteration {state.iteration} is not saved: {poisoned}; resume from an older checkpoint"
-                )
             self._heartbeat.enter("save")
             with self._gathered():
+                if poisoned := self._guard.poisoned_weight():
+                    raise BadNumbersError(
+                        f"iteration {state.iteration} is not saved: {poisoned}; resume from an older checkpoint"
+                    )
                 saver.begin(state)
             self._last_saved = state.iteration
         if is_last or not self.run.config.checkpoint.async_save:
@@ -230,7 +230,8 @@ class Trainer:
     def _end_with_bad_numbers(self) -> NoReturn:
         """Save the last good state, unless it is, and raise BadNumbersError; every rank calls this."""
         good = self._guard.state_to_save(self.state)
-        poisoned = self._poisoned_weight()
+        with self._gathered():
+            poisoned = self._guard.poisoned_weight()
         if poisoned is None:
             self._save(is_last=True)
         if poisoned is not None:
@@ -244,10 +245,6 @@ class Trainer:
         error = self._guard.error(self.state, saved=saved)
         self.state = good
         raise error
-
-    def _poisoned_weight(self) -> str | None:
-        with self._gathered():
-            return self._guard.poisoned_weight()
 
     def _gathered(self) -> AbstractContextManager[None]:
         return gathered_parameters(self.run.config, self.run.parts.student)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -41,15 +42,21 @@ def start(tmp_path: Path) -> Iterator[Start]:
         command = ["bash", str(SCRIPT), "--pause", "0", *options, str(stub), "--save", str(save)]
         environment = {**os.environ, "PLAN": str(plan)}
         program = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
         )
         started.append(program)
         return program
 
     yield begin
     for program in started:
-        program.kill()
-        program.communicate()
+        with suppress(ProcessLookupError):  # what it started may still be there when it has ended
+            os.killpg(program.pid, signal.SIGKILL)
+        program.communicate(timeout=LIMIT)
 
 
 def num_starts(tmp_path: Path) -> int:

@@ -241,8 +241,23 @@ def train_and_count_threads(argv: list[str]) -> int:
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads by Linux's /proc")
-def test_the_groups_of_earlier_cases_leave_no_threads(pool: RankPool) -> None:
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"--use-distributed-optimizer": None},
+        {
+            "--use-distributed-optimizer": None,
+            "--overlap-grad-reduce": None,
+            "--overlap-param-gather": None,
+            "--bf16": None,
+        },
+        {"--use-distributed-optimizer": None, "--pipeline-model-parallel-size": 2, "--fp16": None},
+    ],
+    ids=lambda layout: " ".join(layout) or "plain",
+)
+def test_the_groups_of_earlier_cases_leave_no_threads(layout: dict[str, object], pool: RankPool) -> None:
     """Each gloo group has three; left behind, hundreds of them slow every later case down."""
-    words = arguments(TINY_STUDENT, {"--mock-data": None, "--train-iters": 1})
+    words = arguments(TINY_STUDENT, {"--mock-data": None, "--train-iters": 1, **layout})
     counts = [max(pool.run(2, train_and_count_threads, words)) for _ in range(4)]
     assert counts[-1] <= counts[1]

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_let.data.digests import sha256_of
 from megatron_let.data.fingerprint import fingerprint_of_directory
 from megatron_let.data.indexed import check_indexed
 from megatron_let.data.manifest import Manifest, write_manifest
+from megatron_let.directory_lock import LOCK_FILE
 from megatron_let.errors import ConfigError
 from megatron_let.log import LOGGER
 from megatron_let.testing.distributed import RankPool
@@ -87,12 +89,12 @@ def assert_readable(message: str) -> None:
     assert len(message) < 1000
 
 
-def content_of(directory: Path) -> dict[str, bytes | None]:
-    """Return every file below a directory with its bytes, directories with None; the exit status left out."""
+def content_of(directory: Path) -> dict[str, str | None]:
+    """Return every file below a directory with its sha256, directories with None; not the exit status and its lock."""
     return {
-        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+        str(path.relative_to(directory)): sha256_of(path) if path.is_file() else None
         for path in sorted(directory.rglob("*"))
-        if path.name != "exit_status.json"
+        if path.name not in ("exit_status.json", LOCK_FILE)
     }
 
 

@@ -15,7 +15,7 @@ from megatron_let.errors import EXIT_DONE
 from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.training import TINY_STUDENT, arguments, metrics_rows, train
 from megatron_let.training import checkpoint_files as files
-from tests.training.bad_input import Outcome, refusal, run, write_word_tokenizer
+from tests.training.bad_input import Outcome, content_of, refusal, run, write_word_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -114,13 +114,13 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_newest_whole_one_used(
     name: str, words: dict[str, Any], saved: Path, pool: RankPool
 ) -> None:
     SKIPPED[name](saved / "iter_0000002" / name)
-    older = {path.name: path.read_bytes() for path in (saved / "iter_0000001").iterdir()}
+    older = content_of(saved / "iter_0000001")
     result = run(pool, words)
     assert result.code == EXIT_DONE
     named = f"WARNING checkpoint {saved / 'iter_0000002'} is damaged and skipped: {name}"
     assert sum(line.startswith(named) for line in result.lines) == 1
     assert f"INFO loaded {saved / 'iter_0000001'} at iteration 1" in result.lines
-    assert {path.name: path.read_bytes() for path in (saved / "iter_0000001").iterdir()} == older
+    assert content_of(saved / "iter_0000001") == older
     assert [row["iteration"] for row in metrics_rows(saved)] == [1, 2, 3]
 
 

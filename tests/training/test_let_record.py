@@ -113,7 +113,7 @@ def test_the_same_s_stop_may_be_said_in_another_way(saved: float | None, now: fl
 def test_once_s_stop_has_passed_the_teacher_may_be_gone(completed: int, is_gone_allowed: bool) -> None:
     gone = replace(RECORD, teacher_identity=None)
     if not is_gone_allowed:
-        with pytest.raises(ConfigError, match="teacher identity"):
+        with pytest.raises(ConfigError, match="holds no teacher, which the run needs until iteration"):
             reconcile(RECORD.to_dict(), gone, completed_iterations=completed, let=STRICT)
         return
     assert reconcile(RECORD.to_dict(), gone, completed_iterations=completed, let=STRICT) == RECORD

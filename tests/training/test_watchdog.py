@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -108,8 +109,8 @@ def train_with_a_sleeping_loader() -> list[str]:
     def late(self: Heartbeat) -> Iterator[None]:
         with reading(self):
             reads[0] += 1
-            if reads[0] == 10 and dist.get_rank() == 1:
-                time.sleep(5)
+            if reads[0] >= 10 and dist.get_rank() == 1:  # then slow enough that "the ranks go on" is seen
+                time.sleep(5 if reads[0] == 10 else 0.1)
             yield
 
     with patch.object(Heartbeat, "reading", late), logged_lines() as lines:
@@ -180,7 +181,10 @@ def test_a_stopped_rank_is_named_and_when_it_goes_on_so_does_the_run(
     if stopped == 1:  # rank 0 keeps the store here: while it stands still nobody can be asked
         warnings = [line for line in outcomes[0] if line.startswith("WARNING")]
         assert "rank 1 (stage 0) has not been heard from for" in warnings[0]
-        assert 'of iteration 3; the others wait at "forward-backward" of iteration 3' in warnings[0]
+        # What it last published may be older than where it stopped.
+        assert re.search(
+            'of iteration [0-3]; the others wait at "forward-backward" of iteration 3', warnings[0]
+        )
     assert any("iteration        4/" in line for line in outcomes[0])
 
 

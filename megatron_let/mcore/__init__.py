@@ -1,1 +1,21 @@
 """Everything that touches megatron-core: the only package of this project that imports it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+
+def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Any:
+    """Return a function as it is written, where torch.compile would wrap it."""
+    return _uncompiled if function is None else function
+
+
+if not torch.cuda.is_available():
+    # megatron-core wraps its fused functions while it is imported. None is used on a CPU, where each would have to be
+    # built with a C++ compiler, and loading torch's compiler for them is a third of the start-up.
+    with patch.object(torch, "compile", _uncompiled):
+        import megatron.core  # noqa: F401

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,3 +140,14 @@ def test_every_torch_call_of_megatron_core_that_names_a_device_is_answered() -> 
                 called.add(function.removeprefix("torch."))
     assert "empty_like" in called  # the scan finds what it looks for
     assert called - {"Generator"} <= set(FACTORIES)  # generators: inference only
+
+
+def test_training_starts_without_torchs_compiler() -> None:
+    program = (
+        "import sys, warnings, torch; compiler = torch.compile; warnings.simplefilter('ignore')\n"
+        "import megatron_let.training.build\n"
+        "assert torch.compile is compiler\n"
+        "print([name for name in ('torch._inductor', 'torch._dynamo') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n", done.stderr

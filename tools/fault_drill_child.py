@@ -55,6 +55,8 @@ SAVE_STEPS = (
 
 def main() -> None:
     """Arm the fault, then train."""
+    if VARIABLE not in os.environ:
+        raise SystemExit(f"error: {VARIABLE} is not set; tools/fault_drill.py starts this program")
     arm(Fault(**json.loads(os.environ[VARIABLE])))
     import pretrain_let
 

@@ -143,6 +143,16 @@ def _hash(trainer: Trainer) -> str:
 
 
 @contextmanager
+def _hooked(*handles: Any) -> Iterator[None]:
+    """Remove hooks at the end: they lead from the model back to the run, which would stay with its process groups."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def _nothing(*_: Any) -> Iterator[None]:
     yield
 
@@ -151,26 +161,33 @@ def _nothing(*_: Any) -> Iterator[None]:
 def _in_embedding(trainer: Trainer, clock: _Clock, fault: Fault, _: Told) -> Iterator[None]:
     """The first stage's embedding gives a bad number."""
     chunk = trainer.run.parts.student.gpt_chunks[0]
-    if chunk.pre_process:
-        chunk.embedding.register_forward_hook(lambda *args: _spoil(args[-1], clock, fault))
-    yield
+    with ExitStack() as hooks:
+        if chunk.pre_process:
+            embedding = chunk.embedding
+            spoil = embedding.register_forward_hook(lambda *args: _spoil(args[-1], clock, fault))
+            hooks.enter_context(_hooked(spoil))
+        yield
 
 
 @contextmanager
 def _in_losses(trainer: Trainer, clock: _Clock, fault: Fault, _: Told) -> Iterator[None]:
     """The losses of the tokens are larger by a number that no gradient knows of."""
     chunk = trainer.run.parts.student.gpt_chunks[-1]
-    if chunk.post_process:
-        chunk.register_forward_hook(lambda *args: args[-1] + fault.value if clock.is_due() else None)
-    yield
+    with ExitStack() as hooks:
+        if chunk.post_process:
+            add = chunk.register_forward_hook(
+                lambda *args: args[-1] + fault.value if clock.is_due() else None
+            )
+            hooks.enter_context(_hooked(add))
+        yield
 
 
 @contextmanager
 def _in_output(trainer: Trainer, clock: _Clock, fault: Fault, _: Told) -> Iterator[None]:
     """The last layer of the last chunk on a rank gives a bad number."""
     chunk = trainer.run.parts.student.gpt_chunks[-1]
-    chunk.decoder.register_forward_hook(lambda *args: _spoil(args[-1], clock, fault))
-    yield
+    with _hooked(chunk.decoder.register_forward_hook(lambda *args: _spoil(args[-1], clock, fault))):
+        yield
 
 
 @contextmanager
@@ -182,20 +199,21 @@ def _in_backward(trainer: Trainer, clock: _Clock, fault: Fault, _: Told) -> Iter
         if output.requires_grad and torch.is_grad_enabled():
             output.register_hook(lambda gradient: _spoil(gradient, clock, fault))
 
-    chunk.decoder.register_forward_hook(watch)
-    yield
+    with _hooked(chunk.decoder.register_forward_hook(watch)):
+        yield
 
 
 @contextmanager
 def _in_parameter(trainer: Trainer, clock: _Clock, fault: Fault, _: Told) -> Iterator[None]:
     """The gradients of the parameters that `fault.parameter` ends hold a bad number."""
-    for chunk in trainer.run.parts.student.gpt_chunks:
-        for name, parameter in chunk.named_parameters():
-            if name.endswith(fault.parameter):
-                parameter.register_hook(
-                    partial(_spoil_main_gradient, parameter, _Clock(fault, trainer), fault)
-                )
-    yield
+    named = [item for chunk in trainer.run.parts.student.gpt_chunks for item in chunk.named_parameters()]
+    hooks = [
+        parameter.register_hook(partial(_spoil_main_gradient, parameter, _Clock(fault, trainer), fault))
+        for name, parameter in named
+        if name.endswith(fault.parameter)
+    ]
+    with _hooked(*hooks):
+        yield
 
 
 @contextmanager
@@ -236,8 +254,8 @@ def _in_weight(trainer: Trainer, clock: _Clock, fault: Fault, _: Told) -> Iterat
         if clock.is_due():
             chunk.get_parameter(fault.parameter).data.view(-1)[5] = fault.value
 
-    chunk.register_forward_pre_hook(spoil)
-    yield
+    with _hooked(chunk.register_forward_pre_hook(spoil)):
+        yield
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -68,7 +69,17 @@ def arm(fault: Fault) -> None:
     if fault.rank not in (-1, int(os.environ["RANK"])):
         return
     from megatron_let.training import trainer
+    from megatron_let.training.signals import StopRequest
 
+    told = threading.Event()
+    receive = StopRequest.receive
+
+    @wraps(receive)
+    def received(self: Any, number: int, now: float) -> None:
+        receive(self, number, now)
+        told.set()
+
+    StopRequest.receive = received  # type: ignore[method-assign]
     reached = [0]  # the iteration that is being done, or is saved
     step = trainer.Trainer.step
 
@@ -87,11 +98,11 @@ def arm(fault: Fault) -> None:
         is_due = not happened and _iteration_of(fault.place, args, reached[0]) == fault.iteration
         if is_due and is_before:
             happened.append(True)
-            happen(fault, args)
+            happen(fault, args, told)
         result = action(*args, **kwargs)
         if is_due and not is_before:
             happened.append(True)
-            happen(fault, args)
+            happen(fault, args, told)
         return result
 
     setattr(owner, name, faulty)
@@ -136,8 +147,8 @@ def _iteration_of(place: str, args: tuple[Any, ...], reached: int) -> int | None
     return None
 
 
-def happen(fault: Fault, args: tuple[Any, ...]) -> None:
-    """Let it happen."""
+def happen(fault: Fault, args: tuple[Any, ...], told: threading.Event) -> None:
+    """Let it happen; a signal that the run is to act on has come to this rank (`told`) before it goes on."""
     launcher = int(os.environ[LAUNCHER_PID_VARIABLE])
     signals = {
         "kill": (os.getpid(), signal.SIGKILL, 1),
@@ -155,6 +166,8 @@ def happen(fault: Fault, args: tuple[Any, ...]) -> None:
     pid, number, times = signals[fault.action]
     for _ in range(times):
         os.kill(pid, number)
+    if number == signal.SIGTERM and not told.wait(60):
+        raise RuntimeError("the signal did not arrive")
 
 
 def fill(directory: Path) -> None:

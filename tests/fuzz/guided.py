@@ -74,6 +74,8 @@ def _start(options: argparse.Namespace, scratch: Path) -> int:
         for line in child.stderr:
             if not line.startswith("INFO: Instrumenting"):
                 sys.stderr.write(line)
+            if "INITED" in line:  # the honest inputs have been read
+                reached.clear()
             reached += re.findall(r" cov: (\d+) ", line)
             tried = "".join(re.findall(r"number_of_executed_units: (\d+)", line)) or tried
             found = "".join(re.findall(r"Test unit written to (\S+)", line)) or found

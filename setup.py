@@ -49,5 +49,6 @@ setup(
             "megatron_let[data,quickstart]",
             "tensorboard",
         ],
+        "fuzz": ["atheris>=3", "megatron_let[test]"],
     },
 )

@@ -148,6 +148,16 @@ def to_json(value: Any) -> bytes:
     return text.encode()
 
 
+def with_file(directory: Path, name: str, content: bytes, use: Callable[[Path], str | None]) -> str | None:
+    """Use a directory while one of its files has another content."""
+    whole = (directory / name).read_bytes()
+    (directory / name).write_bytes(content)
+    try:
+        return use(directory)
+    finally:
+        (directory / name).write_bytes(whole)
+
+
 def said(action: Callable[[], object], place: Path | str) -> str | None:
     """Do something with spoilt input; return the line with which it was refused, None when it was not.
 

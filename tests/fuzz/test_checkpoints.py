@@ -40,7 +40,11 @@ Common = dict[str, Any]
 @pytest.fixture(scope="module")
 def root(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the save directory of a run of one iteration."""
-    root = tmp_path_factory.mktemp("run")
+    return write_run(tmp_path_factory.mktemp("run"), pool)
+
+
+def write_run(root: Path, pool: RankPool) -> Path:
+    """Train for one iteration in a directory and save there; return it."""
     write_token_files(root / "tokens", [[1, 2, 3, 60]] * 50)
     changes = {"--data-path": root / "tokens", "--train-iters": 1, "--save": root}
     pool.run(1, train, arguments(TINY_STUDENT, changes))
@@ -56,6 +60,11 @@ def directory(root: Path) -> Path:
 @pytest.fixture(scope="module")
 def common(root: Path) -> Common:
     """Return the plain values of the checkpoint, with a LET record that a guided run would have written."""
+    return common_of(root)
+
+
+def common_of(root: Path) -> Common:
+    """Return the same for any such run."""
     values = load_common(root / "iter_0000001")
     let = {
         "student_layer": 2,
@@ -80,11 +89,16 @@ def settings_of(directory: Path, root: Path) -> RunConfig:
 
 def use(common: Common, directory: Path, root: Path) -> str | None:
     """Go through a checkpoint's plain values as a resumed run does; return the line with which it is refused."""
-    honest = load_common(root / "iter_0000001")[RUN]
     torch.save(common, directory / "common.pt")
+    return resume(directory, root)
+
+
+def resume(directory: Path, root: Path) -> str | None:
+    """Go through the plain values of a checkpoint in a copy of an honest run's directory."""
+    honest = load_common(root / "iter_0000001")[RUN]
     config = settings_of(directory, root)
 
-    def resume() -> None:
+    def go_on() -> None:
         run = load_common(directory).get(RUN)
         if run is None:
             return
@@ -100,8 +114,8 @@ def use(common: Common, directory: Path, root: Path) -> str | None:
 
         record_of_run(config, {**run, "let": None}, 5)
 
-    message = said(resume, "")
-    if message is None and RUN in common:
+    message = said(go_on, "")
+    if message is None and RUN in load_common(directory):
         said(lambda: record_of_run(config, load_common(directory)[RUN], 5), "")
     return message
 

@@ -46,8 +46,12 @@ def settings_in(root: Path, **changes: Any) -> PreprocessSettings:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with an input, the pairs made of it, and what an earlier run's files are."""
-    root = tmp_path_factory.mktemp("root")
+    """Return a directory with an input and the pairs made of it."""
+    return write_inputs(tmp_path_factory.mktemp("root"))
+
+
+def write_inputs(root: Path) -> Path:
+    """Write an input and the pairs made of it; return their directory."""
     lines = [
         json.dumps({"text": f"{n % 60} {n % 7}", "meta": {"name": "ab"[n % 2] + "\ud800"}}) for n in range(60)
     ]
@@ -59,6 +63,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["in the middle", "while installing"])
 def killed(request: pytest.FixtureRequest, root: Path) -> Killed:
     """Return the working files of a run that was killed."""
+    return killed_files(root, while_installing=request.param == "while installing")
+
+
+def killed_files(root: Path, *, while_installing: bool) -> Killed:
+    """Kill a run, there or in the middle, and return its working files: name -> content."""
     clear(root)
     blocks = 0
     add = Outputs.add
@@ -74,7 +83,7 @@ def killed(request: pytest.FixtureRequest, root: Path) -> Killed:
         add(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "while installing":
+        if while_installing:
             patch.setattr("megatron_let.data.preprocess.install", kill)
         else:
             patch.setattr(Outputs, "add", add_some)
@@ -154,7 +163,8 @@ def manifest_of(root: Path) -> tuple[str, bytes]:
     return prefix, manifest_path(prefix).read_bytes()
 
 
-def use_manifest(content: bytes, root: Path, copy: Path) -> None:
+def use_manifest(content: bytes, root: Path, copy: Path) -> str | None:
+    """Use a pair with a manifest of this content; return the line with which it was refused."""
     prefix, _ = manifest_of(root)
     for suffix in (".bin", ".idx"):
         shutil.copy(f"{prefix}{suffix}", f"{copy}{suffix}")
@@ -168,7 +178,7 @@ def use_manifest(content: bytes, root: Path, copy: Path) -> None:
         data_identity(str(copy))
         merge([str(copy), prefix.replace("_a_", "_b_")], f"{copy}-merged", lambda line: None)
 
-    said(use, copy.parent)
+    return said(use, copy.parent)
 
 
 @fuzz(150)

@@ -75,17 +75,22 @@ def use(prefix: Path) -> int:
     return len(train)
 
 
+def use_in_every_way(prefix: Path) -> str | None:
+    """Read, merge, verify and train on a pair; return the line with which a run refused it."""
+    said(lambda: read_all(str(prefix)), prefix)
+    said(lambda: merge([str(prefix)], f"{prefix}-merged", lambda line: None), prefix)
+    for check in verify(str(prefix), Expected(), lambda line: None):
+        assert len(check.line()) < 1000
+    return said(lambda: use(prefix), prefix)
+
+
 @fuzz(150)
 @given(edits=EDITS, of_bin=st.booleans())
 def test_a_spoilt_pair_is_read_or_refused(edits: Edits, of_bin: bool, honest: Path, copy: Path) -> None:
     for suffix in (".idx", ".bin"):
         data = Path(f"{honest}{suffix}").read_bytes()
         Path(f"{copy}{suffix}").write_bytes(spoil(data, edits) if (suffix == ".bin") == of_bin else data)
-    said(lambda: read_all(str(copy)), copy)
-    said(lambda: merge([str(copy)], f"{copy}-merged", lambda line: None), copy)
-    for check in verify(str(copy), Expected(), lambda line: None):
-        assert len(check.line()) < 1000
-    said(lambda: use(copy), copy)
+    use_in_every_way(copy)
 
 
 def set_number(data: bytes, where: str, at: int, value: int) -> bytes:

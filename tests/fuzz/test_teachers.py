@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,18 @@ from megatron_let.let import load_hf_teacher
 from megatron_let.let.hf_files import INDEX_FILE, SINGLE_FILE
 from megatron_let.let.hf_teacher import check_hf_teacher
 from megatron_let.testing.tiny_teachers import write_tiny_teacher
-from tests.fuzz.kit import CHANGES, EDITS, Changes, Edits, change, fuzz, said, spoil, to_json
+from tests.fuzz.kit import CHANGES, EDITS, Changes, Edits, change, fuzz, said, spoil, to_json, with_file
 from tests.training.bad_input import write_word_tokenizer
 
 
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a whole tiny teacher with its tokenizer."""
-    directory = tmp_path_factory.mktemp("teachers") / "honest"
+    return write_teacher(tmp_path_factory.mktemp("teachers") / "honest")
+
+
+def write_teacher(directory: Path) -> Path:
+    """Write a whole tiny teacher with its tokenizer; return its directory."""
     write_tiny_teacher("llama", directory)
     write_word_tokenizer(directory, [f"w{index}" for index in range(66)] + ["<eod>"])
     return directory
@@ -34,6 +37,11 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sharded(honest: Path) -> Path:
     """Return the same with an index and two files of weights."""
+    return write_sharded(honest)
+
+
+def write_sharded(honest: Path) -> Path:
+    """Write a copy of a teacher with an index and two files of weights; return its directory."""
     from safetensors.torch import load_file, save_file
 
     directory = Path(shutil.copytree(honest, honest.parent / "sharded"))
@@ -56,16 +64,6 @@ def load(directory: Path) -> str | None:
         load_hf_teacher(directory, layer=None, dtype=torch.float32, device="cpu")
 
     return said(use, directory)
-
-
-def with_file(directory: Path, name: str, content: bytes, use: Callable[[Path], str | None]) -> str | None:
-    """Use a directory while one of its files has another content."""
-    whole = (directory / name).read_bytes()
-    (directory / name).write_bytes(content)
-    try:
-        return use(directory)
-    finally:
-        (directory / name).write_bytes(whole)
 
 
 @fuzz(60)

@@ -38,13 +38,15 @@ class _Forwarder:
         self._interrupted: float | None = None
 
     def hear(self, number: int, now: float) -> None:
-        """Act on a signal. A second Ctrl-C means now; one within `REPEAT_SECONDS` is the first, heard twice."""
+        """Act on a signal. A second Ctrl-C means now; one within `REPEAT_SECONDS` of the first is that, heard twice."""
         sent = number
         if number == signal.SIGINT:
-            before, self._interrupted = self._interrupted, now
-            if before is not None and now - before < REPEAT_SECONDS:
+            if self._interrupted is None:
+                self._interrupted = now
+            elif now - self._interrupted < REPEAT_SECONDS:
                 return
-            sent = number if before is None else signal.SIGKILL
+            else:
+                sent = signal.SIGKILL
         if not _send(sent):
             os._exit(128 + number)
         if not self._is_timed:

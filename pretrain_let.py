@@ -25,7 +25,7 @@ def main(report: RunReport) -> int:
 
     report.saves_to(save_directory_of(sys.argv[1:]))
     config = resolve(parse_arguments(sys.argv[1:]), int(os.environ.get("WORLD_SIZE", "1")))
-    with stop_on_signal(config.training, report) as stop, parallel_context(config) as context:
+    with stop_on_signal(config.training, report) as stop, parallel_context(config) as context, report.told():
         report.is_held(context.on_rank_0(report.hold))
         trainer = build_trainer(config, context, stop)
         try:

@@ -16,8 +16,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -51,8 +51,12 @@ class RunReport:
     message: str = ""
     started: float = field(default_factory=time.monotonic)
     """When the program did, on `time.monotonic`'s clock."""
+    began: float = field(default_factory=time.time, init=False)
+    """The same, in seconds since the epoch."""
     _wanted: str | None = field(default=None, init=False, repr=False)
     _lock: DirectoryLock | None = field(default=None, init=False, repr=False)
+    _failed: BaseException | None = field(default=None, init=False, repr=False)
+    _is_left: bool = field(default=False, init=False, repr=False)
 
     def saves_to(self, directory: str | os.PathLike[str] | None) -> None:
         """Note where `exit_status.json` belongs (None: nowhere); rank 0 drops the one of an earlier run.
@@ -64,6 +68,48 @@ class RunReport:
             return
         with suppress(ConfigError):  # `hold` waits for it, and says what is wrong
             self._take(self._wanted, wait=0.0)
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Have a failure told as it comes out of the block, before the process groups around the block are torn down.
+
+        To the peers that is a failure too, and they may be the quicker ones to tell of it.
+        """
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            self.record(error)
+            raise
+
+    def record(self, error: BaseException) -> bool:
+        """Record a failure, once, in `exit_status.json` and for the launcher; return whether there is one to read it."""
+        if self._failed is error:
+            return self._is_left
+        self._failed = error
+        failure = _failure_of(error)
+        directory = self.save_directory
+        # A crash is often the echo of a peer's failure: it never writes over what a peer of this run wrote.
+        if directory is not None and (
+            failure.traceback is None or not has_exit_status_since(directory, self.began)
+        ):
+            write_exit_status(directory, failure.code, reason_of(failure.code), failure.line, self.iteration)
+        self._is_left = self._leave(failure)
+        return self._is_left
+
+    def _leave(self, failure: _Failure) -> bool:
+        """Leave the record of this rank's end for the launcher; return whether there is one to read it."""
+        return leave_record(
+            FailureRecord(
+                exit_code=failure.code,
+                message=failure.line,
+                traceback=failure.traceback,
+                time=time.time(),
+                rank=_rank(),
+                pids=(os.getpid(), os.getppid()),
+                save_directory=self.save_directory,
+                iteration=self.iteration,
+            )
+        )
 
     def hold(self) -> str | None:
         """Make the save directory and hold it until this program ends (rank 0); return it, None without one.
@@ -95,7 +141,7 @@ class RunReport:
 
     def end_at_once(self, code: int, line: str) -> NoReturn:
         """End this program from any of its threads, whatever the others do: record, last words of rank 0, gone."""
-        is_told = _leave(self, code, line, trace=None)
+        is_told = self._leave(_Failure(code, line, None))
         if _rank() == 0 and not is_told:
             if self.save_directory is not None:
                 write_exit_status(self.save_directory, code, reason_of(code), line, self.iteration)
@@ -111,22 +157,19 @@ def run_main(main: Callable[[RunReport], int]) -> int:
     """
     die_with_launcher()
     take_children_along()
-    started = time.time()
     report = RunReport()
     try:
         code = main(report)
-    except LetError as error:
-        return _fail(report, started, error.exit_code, f"error: {_one_line(error)}", trace=None)
-    except KeyboardInterrupt:
-        return _fail(report, started, 128 + signal.SIGINT, "error: interrupted", trace=None)
-    except Exception as error:
-        line = f"error: {type(error).__name__}: {_one_line(error)}"
-        return _fail(report, started, EXIT_CRASH, line, trace=traceback.format_exc())
+    except (Exception, KeyboardInterrupt) as error:
+        failure = _failure_of(error)
+        if not report.record(error):
+            _speak(failure.traceback or failure.line)
+        return failure.code
     if _rank() == 0 and report.save_directory is not None:
         reason = report.reason or reason_of(code)
         write_exit_status(report.save_directory, code, reason, report.message, report.iteration)
     if code != EXIT_DONE and report.save_directory is not None:
-        _await_exit_status(report.save_directory, started)
+        _await_exit_status(report.save_directory, report.began)
     return code
 
 
@@ -152,31 +195,24 @@ def end_program(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _fail(report: RunReport, started: float, code: int, line: str, *, trace: str | None) -> int:
-    """Record this rank's failure, tell it unless the launcher will, and return the exit code."""
-    directory = report.save_directory
-    # A crash is often the echo of a peer's failure: it never writes over what a peer of this run wrote.
-    if directory is not None and (trace is None or not has_exit_status_since(directory, started)):
-        write_exit_status(directory, code, reason_of(code), line, report.iteration)
-    if not _leave(report, code, line, trace=trace):
-        _speak(trace or line)
-    return code
+@dataclass(frozen=True)
+class _Failure:
+    """What a program leaves with for an exception."""
+
+    code: int
+    line: str
+    traceback: str | None
+    """None where the line says it all."""
 
 
-def _leave(report: RunReport, code: int, line: str, *, trace: str | None) -> bool:
-    """Leave the record of this rank's end for the launcher; return whether there is one to read it."""
-    return leave_record(
-        FailureRecord(
-            exit_code=code,
-            message=line,
-            traceback=trace,
-            time=time.time(),
-            rank=_rank(),
-            pids=(os.getpid(), os.getppid()),
-            save_directory=report.save_directory,
-            iteration=report.iteration,
-        )
-    )
+def _failure_of(error: BaseException) -> _Failure:
+    """Return the code and the words for an exception that has come up to here."""
+    if isinstance(error, LetError):
+        return _Failure(error.exit_code, f"error: {_one_line(error)}", None)
+    if isinstance(error, KeyboardInterrupt):
+        return _Failure(128 + signal.SIGINT, "error: interrupted", None)
+    line = f"error: {type(error).__name__}: {_one_line(error)}"
+    return _Failure(EXIT_CRASH, line, "".join(traceback.format_exception(error)))
 
 
 def _speak(text: str) -> None:

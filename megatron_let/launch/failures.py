@@ -25,7 +25,9 @@ class Failure:
     record: FailureRecord | None
 
     def shell_code(self) -> int:
-        """Return the exit code as a shell counts it: 128 + n for signal n."""
+        """Return the exit code as a shell counts it: 128 + n for signal n; that of the record, if it left one."""
+        if self.record is not None:
+            return self.record.exit_code
         return self.exit_code if self.exit_code >= 0 else 128 - self.exit_code
 
     def text(self) -> str:
@@ -45,7 +47,7 @@ class Failure:
 def first_failure(failures: Sequence[Failure]) -> Failure:
     """Return the failure that brought the others about.
 
-    A worker that the launcher stopped comes last. A signal from elsewhere outranks all that was said: losing a
+    A worker that the launcher stopped before it had said anything comes last. A signal from elsewhere outranks all that was said: losing a
     peer is an exception to the others, and no exception kills a peer. (SIGABRT is the exception to that: it is
     how a communication watchdog leaves when a peer is gone.) Then a one-line error before a crash, which may be
     its echo, and the earlier before the later.
@@ -55,11 +57,10 @@ def first_failure(failures: Sequence[Failure]) -> Failure:
 
 def _order(failure: Failure) -> tuple[bool, int, float, int]:
     """Return the key by which `first_failure` compares."""
+    if failure.record is not None:
+        return False, 1 if failure.record.traceback is None else 2, failure.record.time, failure.rank
     if failure.exit_code < 0 and failure.exit_code != -signal.SIGABRT:
         kind = 0
-    elif failure.record is None:
-        kind = 1 if failure.exit_code in DOCUMENTED_CODES else 3
     else:
-        kind = 1 if failure.record.traceback is None else 2
-    time = failure.record.time if failure.record is not None else failure.time
-    return failure.was_stopped, kind, time, failure.rank
+        kind = 1 if failure.exit_code in DOCUMENTED_CODES else 3
+    return failure.was_stopped, kind, failure.time, failure.rank

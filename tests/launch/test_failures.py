@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 
 from megatron_let.exit_status import FailureRecord
 from megatron_let.launch.failures import Failure, first_failure
@@ -42,6 +43,14 @@ def test_a_killed_worker_outranks_its_peers_exceptions_but_not_when_the_launcher
     assert first_failure([echo, failure(1, -signal.SIGKILL, time=11.0)]).rank == 1
     assert first_failure([echo, failure(1, -signal.SIGKILL, time=41.0, was_stopped=True)]).rank == 0
     assert first_failure([echo, failure(1, -signal.SIGTERM, was_stopped=True)]).rank == 0
+
+
+def test_a_worker_that_was_stopped_after_it_had_said_why_it_fails_counts_as_it_said() -> None:
+    echo = failure(0, 1, said="error: Connection closed by peer", trace="...", time=10.02)
+    said = failure(1, 1, said="error: boom", trace="...", time=10.01)
+    cause = replace(said, exit_code=-signal.SIGTERM, was_stopped=True)
+    assert first_failure([echo, cause]) is cause
+    assert cause.shell_code() == 1
 
 
 def test_a_watchdogs_abort_is_an_echo() -> None:

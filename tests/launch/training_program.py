@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 import pretrain_let
 from megatron_let.entry import RunReport, end_program, run_main
 
@@ -40,9 +42,19 @@ class Faults:
         """Put them in place."""
         from megatron_let.mcore import datasets
         from megatron_let.mcore.checkpoint_writer import Content
-        from megatron_let.training import forward_step, signals
+        from megatron_let.training import forward_step, signals, trainer
 
         build, write, collate = forward_step.build_microbatch, Content.write, datasets._collate
+        destroy = torch.distributed.destroy_process_group
+
+        def emptied(*_: Any, **__: Any) -> None:
+            if self.fault == "slow_end" and RANK == 1 and self.microbatches == 12:
+                raise RuntimeError("the tap dripped")  # while the other rank waits in a collective of all
+
+        def destroyed() -> None:
+            destroy()
+            if self.fault == "slow_end" and RANK == 1:
+                time.sleep(2)  # the other rank has noticed, and said so, before this one comes to it
 
         def forward(*words: Any, **settings: Any) -> Any:
             self.at_microbatch()
@@ -62,6 +74,8 @@ class Faults:
             (Content, "write", content),
             (datasets, "_collate", collated),
             (signals, "REPEAT_SECONDS", SECOND_SIGNAL_SECONDS),
+            (torch.distributed, "destroy_process_group", destroyed),
+            (trainer.Trainer, "_empty_unused_memory", emptied),
         ):
             patch.object(owner, name, what).start()
 

@@ -5,12 +5,11 @@
 takes the command line of `pretrain_let.py` as it is (`pretrain_let.py ... --dry-run` does the same). Every pipeline stage
 is built by the program itself on torch's meta device, and its schedule run there: parameters and what is kept for
 backward are the program's own. A teacher needs its config.json alone. The run is taken to be one on GPUs unless
-`--distributed-backend gloo` is given. `--measured` takes the speed of a run that has been.
+`--distributed-backend gloo` is given. Time follows from --mfu: give that which the log of a like run says.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path

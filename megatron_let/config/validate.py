@@ -34,9 +34,7 @@ def validate(config: RunConfig, world_size: int, packages: Packages | None = Non
         raise problem
 
 
-def problems(
-    config: RunConfig, world_size: int, packages: Packages | None = None
-) -> Iterator[ConfigError]:
+def problems(config: RunConfig, world_size: int, packages: Packages | None = None) -> Iterator[ConfigError]:
     """Yield one error for each rule that is broken, the first first; `validate` describes the arguments.
 
     Order matters: later rules divide by what earlier ones have found to be there and above zero. After one that they

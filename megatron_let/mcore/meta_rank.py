@@ -87,11 +87,9 @@ def _one_by_one(*_: Any, **__: Any) -> Iterator[_Done]:
 
 
 @contextmanager
-def meta_rank(
-    config: RunConfig, *, rank: int, world_size: int, is_on_gpu: bool
-) -> Iterator[MetaContext]:
+def meta_rank(config: RunConfig, *, rank: int, world_size: int, is_on_gpu: bool) -> Iterator[MetaContext]:
     """Stand on `rank` of `world_size` without any other process; nothing may be a part of a process group already."""
-    import torch.testing._internal.distributed.fake_pg  # noqa: F401  registers the backend "fake"
+    import torch.testing._internal.distributed.fake_pg  # registers the backend "fake"
 
     with ExitStack() as stack:
         stack.enter_context(cuda_calls_on("meta"))
@@ -157,7 +155,4 @@ def gradient_buffers(student: Student) -> list[torch.Tensor]:
 
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     """Return the memory behind tensors: its key and its size in bytes."""
-    return {
-        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
-        for tensor in tensors
-    }
+    return {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}

@@ -90,7 +90,6 @@ class TeacherPlan:
     """Whether its stage becomes the slowest one."""
 
 
-
 @dataclass(frozen=True)
 class BetterSplit:
     """Another deal of the layers, by which the whole run takes less time."""

@@ -85,10 +85,10 @@ def _run(plan: RunPlan) -> Iterator[str]:
         if needed:
             yield f"data: {split} needs {needed:,} tokens, {there}{epochs}"
     yield f"checkpoint: {plan.checkpoint_bytes / GIB:.2f} GiB each"
-    split = plan.better_split
-    if split is not None:
-        layers = ",".join(str(count) for count in split.layers)
-        yield f"better split: {split.flags} (layers {layers}) saves {split.saved:.1%} of the run's time"
+    better = plan.better_split
+    if better is not None:
+        layers = ",".join(str(count) for count in better.layers)
+        yield f"better split: {better.flags} (layers {layers}) saves {better.saved:.1%} of the run's time"
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from megatron_let.config.batches import (
@@ -59,18 +56,14 @@ class PlanSettings:
     gpu: str = "A100"
     gpu_memory_gib: float = 80.0
     mfu: float | None = None
-    """Share of the peak that the run is said to reach, without the teacher; None: that of `measured`, or 0.4."""
-
-    measured: str | None = None
-    """metrics.jsonl of a run whose TFLOP/s count."""
+    """Share of the GPU's peak that the run reaches without the teacher, as its log says; None: `DEFAULT_MFU`."""
 
 
 class PlanProblemsError(ConfigError):
     """All that keeps a run from starting, one line each."""
 
     def __init__(self, lines: Sequence[str]) -> None:
-        super().__init__("; ".join(lines))
-        self.lines = tuple(lines)
+        super().__init__("\nerror: ".join(lines))
 
 
 def make_plan(config: RunConfig, settings: PlanSettings) -> RunPlan:
@@ -105,9 +98,7 @@ def make_plan(config: RunConfig, settings: PlanSettings) -> RunPlan:
     )
 
 
-def _check(
-    config: RunConfig, settings: PlanSettings
-) -> tuple[int, tuple[float, str] | None, list[str]]:
+def _check(config: RunConfig, settings: PlanSettings) -> tuple[int, tuple[float, str] | None, list[str]]:
     """Return vocabulary, speed and warnings, or raise PlanProblemsError with all that is wrong."""
     found: list[str] = []
     warnings: list[str] = []
@@ -121,6 +112,8 @@ def _check(
             found.append(f"{problem.filename or 'a file'}: {problem.strerror or problem}")
         return None
 
+    if settings.world_size < 1:
+        raise ConfigError(f"--world-size {settings.world_size}: a run has at least one rank")
     found += [str(problem) for problem in problems(config, settings.world_size, ANYWHERE)]
     speed = attempt(lambda: _speed(config, settings))
     has_tokenizer = config.tokenizer.tokenizer_type is not None
@@ -253,40 +246,16 @@ def _better_split(
 
 
 def _speed(config: RunConfig, settings: PlanSettings) -> tuple[float, str] | None:
-    """Return TFLOP/s of a device and where the number comes from; None on CPU with nothing measured."""
-    if settings.measured is not None:
-        return measured_tflops(Path(settings.measured)), f"median of {settings.measured}"
+    """Return TFLOP/s of a device and where the number comes from; None on CPU, whose peak is not known."""
     peak = peak_flops(settings.gpu)
     if peak is None:
         raise ConfigError(f"--gpu {settings.gpu} is none of {', '.join(PEAK_BF16_TFLOPS)}; give one of them")
     mfu = DEFAULT_MFU if settings.mfu is None else settings.mfu
     if not 0 < mfu <= 1:
         raise ConfigError(f"--mfu {mfu} is a share of the peak: above 0 and at most 1")
-    if not _is_for_gpu(config):
-        return None
-    how = "stated" if settings.mfu is not None else "assumed, --mfu states another"
-    return mfu * peak / 1e12, f"MFU {mfu:.1%} of {settings.gpu}'s {peak / 1e12:g}, {how}"
-
-
-def measured_tflops(path: Path) -> float:
-    """Return the median TFLOP/s a device of the rows of a metrics.jsonl, those without a teacher where there are any.
-
-    Raises:
-        ConfigError: there is no such file, or no such row.
-    """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # the torn last line of a killed run
-            continue
-        if isinstance(row, dict) and isinstance(row.get("tflops_per_device"), float):
-            rows.append(row)
-    if not rows:
-        raise ConfigError(f"--measured {path} holds no row with tflops_per_device; give a run's metrics.jsonl")
-    plain = [row for row in rows if row.get("let_weight") is None] or rows
-    return float(statistics.median(row["tflops_per_device"] for row in plain))
+    how = "stated" if settings.mfu is not None else "assumed: give a measured one"
+    source = f"--mfu {mfu:g} {how}, of {settings.gpu}'s {peak / 1e12:g}"
+    return (mfu * peak / 1e12, source) if _is_for_gpu(config) else None
 
 
 def _time_plan(run: TracedRun, teacher: TeacherPlan | None, tflops: float, source: str) -> TimePlan:
@@ -342,9 +311,7 @@ def _checkpoint_bytes(config: RunConfig, stages: Sequence[StagePlan]) -> int:
     return parameters * per_parameter
 
 
-def _memory_warnings(
-    run: TracedRun, stages: Sequence[StagePlan], settings: PlanSettings
-) -> list[str]:
+def _memory_warnings(run: TracedRun, stages: Sequence[StagePlan], settings: PlanSettings) -> list[str]:
     if not run.for_gpu:
         return []
     limit = settings.gpu_memory_gib

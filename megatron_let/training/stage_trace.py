@@ -101,9 +101,11 @@ def trace_stage(run: TracedRun, stage: int) -> tuple[StagePlan, TracedTeacher | 
         optimizer = build_optimizer(config, student)
         sizes = sizes_of_rank(student, optimizer, context.tp_size)
         plain = _trace(run, config, context, student)
-        memory, teacher, teacher_flops = StageMemory(
-            sizes.weights, sizes.gradients, sizes.optimizer, plain.peak_bytes
-        ), None, 0.0
+        memory, teacher, teacher_flops = (
+            StageMemory(sizes.weights, sizes.gradients, sizes.optimizer, plain.peak_bytes),
+            None,
+            0.0,
+        )
         if config.let.is_on and find_layer(student.gpt_chunks, student_layer_of_run(config)) is not None:
             memory, teacher = _with_teacher(run, config, context, student, memory)
             teacher_flops = (

@@ -128,11 +128,8 @@ class DataPlan:
     present: dict[str, int | None]
     """None where it cannot be counted here."""
 
-    @property
-    def epochs(self) -> float | None:
-        """Return how often the training data are read, None where their size is not known."""
-        present = self.present["training"]
-        return None if not present else self.needed["training"] / present
+    is_made_up: bool
+    """With --mock-data, of which there is always enough."""
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ def _run(plan: RunPlan) -> Iterator[str]:
         )
     for split, needed in data.needed.items():
         present = data.present[split]
-        there = "cannot be counted here" if present is None else f"{present:,} present"
+        there = "made up" if data.is_made_up else "not counted: see the warnings"
+        there = there if present is None else f"{present:,} present"
         epochs = f", {needed / present:.2f} epochs" if present else ""
         if needed:
             yield f"data: {split} needs {needed:,} tokens, {there}{epochs}"

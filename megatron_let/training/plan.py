@@ -298,7 +298,7 @@ def _data_plan(config: RunConfig, world_size: int, warnings: list[str]) -> DataP
             usable_counts_alone(config, counts)
         except ConfigError as problem:
             warnings.append(f"data: {problem}")
-    return DataPlan(needed, present)
+    return DataPlan(needed, present, is_made_up=config.data.mock_data)
 
 
 def _checkpoint_bytes(config: RunConfig, stages: Sequence[StagePlan]) -> int:

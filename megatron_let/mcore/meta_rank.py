@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -52,10 +53,24 @@ def plain_layers(config: RunConfig) -> RunConfig:
     Transformer Engine's layers need a GPU to be built: the stock ones have the same parameters and keep nearly the same
     for backward. Weights are drawn as ever, on the meta device at no cost: that marks which of them are sharded.
     """
-    transformer = dataclasses.replace(config.transformer, fp8=None, fp8_param=False)
+    given = config.transformer
+    transformer = dataclasses.replace(
+        given,
+        fp8=None,
+        fp8_param=False,
+        first_last_layers_bf16=False,
+        cross_entropy_loss_fusion=given.cross_entropy_loss_fusion and given.cross_entropy_fusion_impl != "te",
+    )
     model = dataclasses.replace(config.model, transformer_impl="local")
-    ddp = dataclasses.replace(config.ddp, fp8_param_gather=False, check_for_nan_in_grad=False)
-    return dataclasses.replace(config, transformer=transformer, model=model, ddp=ddp)
+    ddp = dataclasses.replace(
+        config.ddp,
+        fp8_param_gather=False,
+        reuse_grad_buf_for_mxfp8_param_ag=False,
+        check_for_nan_in_grad=False,
+        check_for_large_grads=False,
+    )
+    optimizer = dataclasses.replace(config.optimizer, reuse_grad_buf_for_mxfp8_param_ag=False)
+    return dataclasses.replace(config, transformer=transformer, model=model, ddp=ddp, optimizer=optimizer)
 
 
 class SharedSequenceAttention(SdpaCoreAttention):
@@ -100,6 +115,7 @@ def meta_rank(config: RunConfig, *, rank: int, world_size: int, is_on_gpu: bool)
         if config.transformer.context_parallel_size > 1:
             stack.enter_context(patch.object(stock_layers, "SdpaCoreAttention", SharedSequenceAttention))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(patch.object(sys, "excepthook", sys.excepthook))  # torch's names the rank, for good
         dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=world_size)
         stack.callback(dist.destroy_process_group)
         stack.enter_context(model_parallel_groups(config))

@@ -44,7 +44,7 @@ Value = TypeVar("Value")
 NOT_PLANNED = (
     "the CUDA context, NCCL's buffers and the allocator's fragmentation; temporary memory inside kernels and of the "
     "optimizer's step; loading a checkpoint and evaluation",
-    "messages between ranks and reading data: they are in the MFU",
+    "messages between ranks and reading data: they are in the MFU; a resume: the plan is that of the whole run",
 )
 
 

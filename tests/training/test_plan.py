@@ -11,7 +11,9 @@ from typing import Any
 import plan_run
 import pytest
 
+import pretrain_let
 from megatron_let.config.batches import padded_vocab_size
+from megatron_let.entry import RunReport
 from megatron_let.log import LOGGER
 from megatron_let.planning.flops import training_flops_per_token
 from megatron_let.planning.plan import RunPlan
@@ -65,7 +67,7 @@ def problems_of(changes: dict[str, Any], world_size: int = 1, **settings: Any) -
 @pytest.mark.parametrize(
     ("world_size", "changes"),
     [
-        (1, {}),
+        (1, {"--fp16": None, "--check-for-large-grads": None}),
         (4, {**TENSOR, **PIPELINE}),
         (4, {**TENSOR, "--sequence-parallel": None, "--context-parallel-size": 2}),
         (2, {**PIPELINE, "--num-virtual-stages-per-pipeline-rank": 2}),
@@ -152,6 +154,7 @@ def test_time_follows_from_the_stated_speed(described_teacher: Path) -> None:
     assert plan.time.tflops_per_device == 0.5 * 989
     assert plan.time.seconds_per_iteration == pytest.approx(plan.time.flops_per_iteration / (4 * 494.5e12))
     guided = plan.time.seconds_per_iteration_with_teacher
+    assert guided is not None
     assert guided == pytest.approx(plan.time.seconds_per_iteration * plan.teacher.slowdown["none"])
     assert plan.time.days * 86_400 == pytest.approx(3 * plan.time.seconds_per_iteration + 2 * guided)
     assert plan.time.tokens == 5 * 8 * 32
@@ -181,7 +184,13 @@ def test_data_are_counted(token_files: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_has_the_planned_size(pool: RankPool, tmp_path: Path) -> None:
-    flags = {**MOCK, "--hidden-size": 256, "--ffn-hidden-size": 688, "--bf16": None, "--train-iters": 1}
+    flags: dict[str, Any] = {
+        **MOCK,
+        "--hidden-size": 256,
+        "--ffn-hidden-size": 688,
+        "--bf16": None,
+        "--train-iters": 1,
+    }
     flags |= {**PIPELINE, "--save": tmp_path, "--untie-embeddings-and-output-weights": False}
     pool.run(2, train, arguments(TINY_STUDENT, flags))
     size = sum(path.stat().st_size for path in (tmp_path / "iter_0000001").iterdir())
@@ -190,7 +199,7 @@ def test_a_checkpoint_has_the_planned_size(pool: RankPool, tmp_path: Path) -> No
 
 
 def test_all_that_is_wrong_is_told_at_once(teacher: Path, tmp_path: Path) -> None:
-    flags = {
+    flags: dict[str, Any] = {
         **MOCK,
         **TENSOR,
         "--num-layers": 5,
@@ -251,3 +260,17 @@ def test_the_tool_prints_a_row_a_stage_and_writes_json(
     assert plan_run.main([*words, "--world-size", "3", "--min-lr", "1"]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert [line[:7] for line in errors if "warning" not in line] == ["error: "] * 2
+
+
+@pytest.mark.usefixtures("own_logger")
+def test_the_entry_script_plans_and_runs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = arguments(TINY_STUDENT, {**MOCK, **PIPELINE, "--save": tmp_path / "run"})
+    monkeypatch.setattr("sys.argv", ["pretrain_let.py", *words, "--dry-run", "--world-size", "2"])
+    assert pretrain_let.main(RunReport()) == 0
+    assert capsys.readouterr().out.startswith("2 ranks: tensor 1, context 1, pipeline 2")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("RANK", "1")
+    assert pretrain_let.main(RunReport()) == 0
+    assert capsys.readouterr().out == ""

@@ -115,7 +115,9 @@ def meta_rank(config: RunConfig, *, rank: int, world_size: int, is_on_gpu: bool)
         if config.transformer.context_parallel_size > 1:
             stack.enter_context(patch.object(stock_layers, "SdpaCoreAttention", SharedSequenceAttention))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(patch.object(sys, "excepthook", sys.excepthook))  # torch's names the rank, for good
+        stack.enter_context(
+            patch.object(sys, "excepthook", sys.excepthook)
+        )  # torch's names the rank, for good
         dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=world_size)
         stack.callback(dist.destroy_process_group)
         stack.enter_context(model_parallel_groups(config))

@@ -50,7 +50,8 @@ class Pipeline:
         """Return the cost of an iteration under the one-forward-one-backward schedule.
 
         The slowest stage sets the pace of every microbatch; the work of the others shows once, while the pipeline fills
-        and drains, and of that only one chunk's part (arXiv 2104.04473, section 2.2).
+        and drains, and of that only one chunk's part (arXiv 2104.04473, section 2.2). Exact for even stages; where one
+        is slower, at most the others' work on one microbatch too much.
         """
         slowest = max(stages)
         return self.num_microbatches * slowest + (sum(stages) - slowest) / self.num_chunks

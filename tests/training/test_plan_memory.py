@@ -16,6 +16,7 @@ from megatron_let.training.plan import PlanSettings, make_plan
 from tests.training.running_job import held_by_process, held_by_tensors
 
 LET = "let"
+LIMIT = 300.0  # seconds: a crowded machine takes minutes to import the teacher's library
 DISTRIBUTED = {"--use-distributed-optimizer": None}
 TENSOR = {"--tensor-model-parallel-size": 2, "--sequence-parallel": None}
 PIPELINE = {"--pipeline-model-parallel-size": 2}
@@ -94,7 +95,7 @@ def test_a_plan_counts_what_a_job_holds(layout: str, pool: RankPool, large_teach
     world_size, changes = LAYOUTS[layout]
     argv = words(changes, SIZES, large_teacher)
     plan = plan_of(argv, world_size)
-    for rank, held in enumerate(pool.run(world_size, held_by_tensors, argv)):
+    for rank, held in enumerate(pool.run(world_size, held_by_tensors, argv, timeout=LIMIT)):
         stage = next(stage for stage in plan.stages if stage.ranks[0] <= rank <= stage.ranks[1])
         memory = stage.memory
         assert (stage.parameters, stage.whole_parameters) == (
@@ -123,7 +124,9 @@ def test_a_plan_is_within_a_tenth_of_the_measured_peak(
     world_size, changes = LAYOUTS[layout]
     large, small = (words(changes, sizes, large_teacher) for sizes in (LARGE, {}))
     # What libraries take on their first use is there after one run, and what every run takes falls out of the difference.
-    _, *measured = (measured_pool.run(world_size, held_by_process, argv) for argv in (small, small, large))
+    _, *measured = (
+        measured_pool.run(world_size, held_by_process, argv, timeout=LIMIT) for argv in (small, small, large)
+    )
     plans = [plan_of(argv, world_size) for argv in (small, large)]
     for rank, (below, above) in enumerate(zip(*measured, strict=True)):
         stages = [next(s for s in plan.stages if s.ranks[0] <= rank <= s.ranks[1]) for plan in plans]

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 
+from megatron_let.config.batches import padded_vocab_size
 from megatron_let.config.run_config import RunConfig
 from megatron_let.errors import ConfigError
 from megatron_let.let import AlignmentObjective, AlignmentSums, LetSchedule, Teacher
@@ -223,11 +224,20 @@ def planned_teacher(config: RunConfig) -> Teacher:
             trust_remote_code=let.let_trust_remote_code,
         )
     directory, run = _teacher_run(config)
+    vocab_size, saved = int(run["vocab_size"]), run["config"]
     with torch.device(META):
         gpt = build_frozen_gpt(
-            directory, run["config"], layer=let.let_teacher_layer, dtype=teacher_dtype(config), device=META
+            saved,
+            padded_vocab_size=padded_vocab_size(
+                vocab_size,
+                saved["model"]["make_vocab_size_divisible_by"],
+                saved["transformer"]["tensor_model_parallel_size"],
+            ),
+            layer=let.let_teacher_layer,
+            dtype=teacher_dtype(config),
+            device=META,
         )
-    return MegatronTeacher(gpt, vocab_size=int(run["vocab_size"]), description=str(directory))
+    return MegatronTeacher(gpt, vocab_size=vocab_size, description=str(directory))
 
 
 def teacher_vocab_size(config: RunConfig) -> int:

@@ -5,7 +5,6 @@ python -m megatron_let.launch --nproc-per-node 8 pretrain_let.py --num-layers 24
 
 from __future__ import annotations
 
-import os
 import sys
 
 from megatron_let.entry import RunReport, end_program, run_main
@@ -17,14 +16,16 @@ def main(report: RunReport) -> int:
     configure_logging()
     quiet_third_parties()
     # Imported here: megatron-core takes seconds, and warns while it loads.
-    from megatron_let.config.derive import resolve
     from megatron_let.mcore.parallel import parallel_context
-    from megatron_let.training.arguments import parse_arguments, save_directory_of
+    from megatron_let.training.arguments import save_directory_of, settings_of_run
     from megatron_let.training.build import build_trainer
+    from megatron_let.training.plan_program import DRY_RUN, print_plan
     from megatron_let.training.signals import stop_on_signal
 
+    if DRY_RUN in sys.argv:
+        return print_plan(sys.argv[1:])
     report.saves_to(save_directory_of(sys.argv[1:]))
-    config = resolve(parse_arguments(sys.argv[1:]), int(os.environ.get("WORLD_SIZE", "1")))
+    config = settings_of_run(sys.argv[1:])
     with stop_on_signal(config.training, report) as stop, parallel_context(config) as context, report.told():
         report.is_held(context.on_rank_0(report.hold))
         trainer = build_trainer(config, context, stop)

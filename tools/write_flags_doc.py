@@ -28,7 +28,8 @@ Written by `python tools/write_flags_doc.py`; do not edit.
 
 Names and defaults are Megatron-LM's (core 0.16) where it has the flag. `--config FILE.yaml` takes the same names,
 with `-` or `_`, one `name: value` a line; the command line wins, and every switch has an opposite that undoes the
-file's (`--no-bf16` for `--bf16`). An unknown flag is an error. Every Megatron-LM flag
+file's (`--no-bf16` for `--bf16`). `--dry-run` prints what the run will cost and runs nothing (`python tools/plan_run.py
+--help` lists what goes with it). An unknown flag is an error. Every Megatron-LM flag
 is in one of three places: among the settings, in "Accepted without effect" (named once in the log), or in "Refused"
 (an error, because it would change the result or because a run relies on it).
 """

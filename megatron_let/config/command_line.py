@@ -181,6 +181,11 @@ def format_help(settings: Sequence[Setting], *, prog: str, description: str, epi
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what the run will cost and run nothing; --world-size N: on N ranks (tools/plan_run.py --help)",
+    )
+    parser.add_argument(
         "--config",
         metavar="FILE.yaml",
         help="the same names in a file; the command line wins, and --no-X undoes the file's switch X",

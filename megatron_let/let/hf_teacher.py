@@ -96,6 +96,32 @@ def load_hf_teacher(
     return teacher
 
 
+def empty_hf_teacher(
+    path: str | Path, *, layer: int | None, dtype: torch.dtype, trust_remote_code: bool = False
+) -> Teacher:
+    """Build the body that `load_hf_teacher` would load, on the meta device: its config.json alone is read.
+
+    Raises:
+        ConfigError: no causal language model's config.json, or no such layer.
+    """
+    from transformers import AutoModel
+
+    directory = Path(path)
+    config = read_config(directory, trust_remote_code=trust_remote_code)
+    num_layers = config.num_hidden_layers
+    check_layer(directory, layer, num_layers)
+    middle_layer = layer if layer is not None and layer < num_layers else None
+    if middle_layer is not None:
+        _keep_layers(config, middle_layer)
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            body = AutoModel.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            description = _describe(directory, body, layer or num_layers, num_layers)
+            return HFTeacher(body, middle_layer, description=description)
+    except (*LOAD_ERRORS, *RUN_ERRORS) as error:
+        raise config_error(directory, "cannot be built", error) from error
+
+
 class HFTeacher(Teacher):
     """A `transformers` body whose last hidden state, or the output of whose last built block, is the state."""
 

@@ -46,14 +46,16 @@ FACTORIES = (
 METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "to")
 
 
-def _on_cpu(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Return `function` with the CPU for a `device` that is CUDA."""
+def _on(target: str, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return `function` with `target` for a `device` that is CUDA."""
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> torch.Tensor:
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
-            kwargs["device"] = "cpu"
+            kwargs["device"] = target
+        if target == "meta":
+            kwargs.pop("pin_memory", None)
         return function(*args, **kwargs)
 
     return call
@@ -61,11 +63,15 @@ def _on_cpu(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
 
 def _tensor_type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     answer = torch._C.TensorBase.type(tensor, *args, **kwargs)
-    return CUDA_TYPE_NAMES.get(answer, answer) if isinstance(answer, str) else answer
+    if not isinstance(answer, str):
+        return answer
+    return CUDA_TYPE_NAMES.get(answer.replace("torch.meta.", "torch."), answer)
 
 
-def _same_tensor(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    return tensor
+def _moved_to(target: str) -> Callable[..., torch.Tensor]:
+    """Return what stands for `Tensor.cuda`."""
+    move = torch.Tensor.to
+    return lambda tensor, *_, **__: tensor if tensor.device.type == target else move(tensor, target)
 
 
 def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
@@ -89,13 +95,20 @@ def cpu_backend() -> Iterator[None]:
     """
     if torch.cuda.is_available():
         raise RuntimeError("the CPU backend was entered on a machine with a GPU")
+    with cuda_calls_on("cpu"):
+        yield
+
+
+@contextmanager
+def cuda_calls_on(target: str) -> Iterator[None]:
+    """Answer megatron-core's CUDA calls with device `target`, `cpu` or `meta`, and the CPU's random state."""
     import megatron.core.tensor_parallel.random as mcore_random
 
     # A `with torch.device(...)`, by which transformers builds models, looks once for the functions that make tensors and
     # remembers them: it must find torch's own.
     _device_constructors()
     replacements: list[tuple[Any, str, Any]] = [
-        (torch.cuda, "current_device", lambda: torch.device("cpu")),
+        (torch.cuda, "current_device", lambda: torch.device(target)),
         (torch.cuda, "get_rng_state", _get_rng_state),
         (torch.cuda.random, "get_rng_state", _get_rng_state),
         (torch.cuda, "set_rng_state", _set_rng_state),
@@ -104,9 +117,9 @@ def cpu_backend() -> Iterator[None]:
         (torch.cuda, "synchronize", _do_nothing),
         (mcore_random, "_set_cuda_rng_state", _set_rng_state),
         (torch.Tensor, "type", _tensor_type),
-        (torch.Tensor, "cuda", _same_tensor),
-        *((torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name))) for name in METHODS),
-        *((torch, name, _on_cpu(getattr(torch, name))) for name in FACTORIES),
+        (torch.Tensor, "cuda", _moved_to(target)),
+        *((torch.Tensor, name, _on(target, getattr(torch.Tensor, name))) for name in METHODS),
+        *((torch, name, _on(target, getattr(torch, name))) for name in FACTORIES),
     ]
     with ExitStack() as stack:
         for owner, name, value in replacements:

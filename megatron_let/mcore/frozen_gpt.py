@@ -82,19 +82,34 @@ def load_frozen_gpt(
     Raises:
         ConfigError: tensors are missing, or of another shape than `saved_config` says.
     """
-    config = RunConfig.from_dict(saved_config, CORE_SECTIONS)
-    num_layers = config.transformer.num_layers
-    assert layer is None or 1 <= layer <= num_layers, f"checked before: layer {layer} of {num_layers}"
-    built = num_layers if layer is None else layer
     stored = stored_entries(directory)
     embedding = stored.get(_EMBEDDING)
     if embedding is None:
         raise ConfigError(f"checkpoint {directory} holds no {_EMBEDDING}: it is not a GPT checkpoint")
-    _require_stored_sizes(config, stored, directory)
-    model = _build_alone(config, built, padded_vocab_size=int(embedding.size[0]), dtype=dtype, device=device)
-    weights = _read(stored, directory, names=_stored_names(model))
-    _fill(model, weights, directory)
-    model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    _require_stored_sizes(RunConfig.from_dict(saved_config, CORE_SECTIONS), stored, directory)
+    gpt = build_frozen_gpt(
+        saved_config, padded_vocab_size=int(embedding.size[0]), layer=layer, dtype=dtype, device=device
+    )
+    weights = _read(stored, directory, names=_stored_names(gpt.model))
+    _fill(gpt.model, weights, directory)
+    gpt.model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return gpt
+
+
+def build_frozen_gpt(
+    saved_config: Mapping[str, Any],
+    *,
+    padded_vocab_size: int,
+    layer: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> FrozenGpt:
+    """Build what `load_frozen_gpt` loads, without weights; they may lie on the CPU until they are moved to `device`."""
+    config = RunConfig.from_dict(saved_config, CORE_SECTIONS)
+    num_layers = config.transformer.num_layers
+    assert layer is None or 1 <= layer <= num_layers, f"checked before: layer {layer} of {num_layers}"
+    built = num_layers if layer is None else layer
+    model = _build_alone(config, built, padded_vocab_size=padded_vocab_size, dtype=dtype, device=device)
     has_positions = config.model.position_embedding_type == "learned_absolute"
     limit = config.model.max_position_embeddings if has_positions else config.model.seq_length
     return FrozenGpt(model, context_length=limit, with_final_norm=built == num_layers)

@@ -165,9 +165,9 @@ def parallel_context(config: RunConfig) -> Iterator[ParallelContext]:
         if not dist.is_initialized():
             stack.enter_context(_process_group(backend, config.parallel.distributed_timeout_minutes))
         _require_same_settings(config)
-        stack.enter_context(_model_parallel_groups(config))
+        stack.enter_context(model_parallel_groups(config))
         seed_everything(config)
-        yield _describe(config, device)
+        yield describe(config, device)
 
 
 def seed_everything(config: RunConfig) -> None:
@@ -262,7 +262,8 @@ def _gathered(value: Value) -> list[Value]:
 
 
 @contextmanager
-def _model_parallel_groups(config: RunConfig) -> Iterator[None]:
+def model_parallel_groups(config: RunConfig) -> Iterator[None]:
+    """Lay out megatron-core's model-parallel groups over the process group that is there."""
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=config.transformer.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.transformer.pipeline_model_parallel_size,
@@ -277,7 +278,8 @@ def _model_parallel_groups(config: RunConfig) -> Iterator[None]:
         mpu.destroy_model_parallel()
 
 
-def _describe(config: RunConfig, device: torch.device) -> ParallelContext:
+def describe(config: RunConfig, device: torch.device) -> ParallelContext:
+    """Return where this process stands in the groups that are laid out."""
     return ParallelContext(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),

@@ -25,13 +25,14 @@ _CORE_ROTATION = rope_utils._apply_rotary_pos_emb_bshd
 
 
 @contextmanager
-def stock_kernels() -> Iterator[None]:
+def stock_kernels(*, is_on_gpu: bool | None = None) -> Iterator[None]:
     """Put this module's functions in the place of megatron-core's fallbacks inside the context.
 
-    Kernels of Transformer Engine or apex, where megatron-core found them, stay in use.
+    Kernels of Transformer Engine or apex, where megatron-core found them, stay in use. `is_on_gpu`: for which device;
+    by default that of this machine.
     """
     replacements: list[tuple[Any, str, Any]] = [(rope_utils, "_apply_rotary_pos_emb_bshd", rotate_positions)]
-    if not torch.cuda.is_available():
+    if not (torch.cuda.is_available() if is_on_gpu is None else is_on_gpu):
         replacements += [
             (layers, "_grad_accum_fusion_available", True),
             (layers, "fused_weight_gradient_mlp_cuda", WeightGradients),

@@ -45,7 +45,7 @@ class StockNorm(torch.nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normalise the last dimension of `hidden` [..., h], in the type of the weights: it may be an fp32 residual."""
         weight = (self.weight + 1 if self.is_zero_centered else self.weight).to(hidden.dtype)
-        if self.is_rms and hidden.device.type == "cpu":
+        if self.is_rms and hidden.device.type != "cuda":
             normed = rms_norm(hidden, weight, self.eps)
         elif self.is_rms:
             normed = F.rms_norm(hidden, weight.shape, weight, self.eps)

@@ -22,7 +22,7 @@ from megatron_let.config.command_line import (
     values_of_occurrences,
 )
 from megatron_let.config.data_files import with_data_files
-from megatron_let.config.derive import derive
+from megatron_let.config.derive import derive, resolve
 from megatron_let.config.megatron_flags import REFUSED, WITHOUT_EFFECT, family_of, is_foreign
 from megatron_let.config.run_config import RunConfig, all_settings
 from megatron_let.config.setting import Setting
@@ -75,6 +75,15 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
     values.update({name: value for name, value in in_file.items() if name not in replaced})
     values.update(typed)
     return derive(RunConfig.from_values(with_data_files(values), CORE_SECTIONS), warn=LOGGER.warning)
+
+
+def settings_of_run(argv: Sequence[str]) -> RunConfig:
+    """Return the settings of a run on as many ranks as the launcher has started, checked.
+
+    Raises:
+        ConfigError: as parse_arguments, or such a run cannot start.
+    """
+    return resolve(parse_arguments(argv), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def save_directory_of(argv: Sequence[str]) -> str | None:

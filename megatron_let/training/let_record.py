@@ -104,6 +104,24 @@ def reconcile(
     return LetRecord(**values)
 
 
+def student_layer_of_run(config: RunConfig) -> int:
+    """Return k, the layer whose output is aligned, 1-based."""
+    return config.let.let_student_layer or default_student_layer(config.transformer.num_layers)
+
+
+def stop_of_run(let: LetConfig, total_iterations: int) -> tuple[int, float | None]:
+    """Return S_stop and the share of the run that it was given as, None where it was given in iterations.
+
+    Raises:
+        ConfigError: it is outside the run.
+    """
+    fraction = let.let_stop_fraction
+    if fraction is None and let.let_stop_iters is None:
+        fraction = DEFAULT_STOP_FRACTION
+    stop = resolve_stop(total_iterations, stop_iters=let.let_stop_iters, stop_fraction=fraction)
+    return stop, fraction
+
+
 def record_of_run(config: RunConfig, saved: dict[str, Any] | None, total_iterations: int) -> LetRecord | None:
     """Resolve LET's settings, and on resume hold them against those of the checkpoint, `saved`; None without LET.
 
@@ -113,13 +131,10 @@ def record_of_run(config: RunConfig, saved: dict[str, Any] | None, total_iterati
     let, current = config.let, None
     completed = 0 if saved is None or config.checkpoint.finetune else saved["state"]["iteration"]
     if let.is_on:
-        fraction = let.let_stop_fraction
-        if fraction is None and let.let_stop_iters is None:
-            fraction = DEFAULT_STOP_FRACTION
-        stop = resolve_stop(total_iterations, stop_iters=let.let_stop_iters, stop_fraction=fraction)
+        stop, fraction = stop_of_run(let, total_iterations)
         files = teacher_files(Path(str(let.let_teacher_load)))
         current = LetRecord(
-            student_layer=let.let_student_layer or default_student_layer(config.transformer.num_layers),
+            student_layer=student_layer_of_run(config),
             teacher_layer=let.let_teacher_layer,
             weight=let.let_weight,
             stop_iteration=stop,

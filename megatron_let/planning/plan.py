@@ -1,0 +1,155 @@
+"""What a run will cost, as plain values: `dataclasses.asdict` of a `RunPlan` is what `--json` writes.
+
+Bytes and FLOPs are those of one rank (tensor-parallel ranks of a stage are alike) unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Memory of one rank of a pipeline stage, in bytes."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """This rank's share of main weights and moments."""
+
+    activations: int
+    """The most that a pass over the microbatches holds beyond the above: kept for backward, messages, temporaries."""
+
+    teacher_weights: int = 0
+    teacher_peak: int = 0
+    """What else the teacher adds to the peak: its states in flight and what its forward takes."""
+
+    teacher_states: int = 0
+    """Of these the states, kept for the backward of layer k, of all microbatches in flight."""
+
+    @property
+    def after_stop(self) -> int:
+        """Return the peak without the teacher."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    @property
+    def before_stop(self) -> int:
+        """Return the peak while the teacher guides."""
+        return self.after_stop + self.teacher_weights + self.teacher_peak
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One pipeline stage."""
+
+    stage: int
+    ranks: tuple[int, int]
+    """First and last global rank of the stage."""
+
+    layers: tuple[int, ...]
+    """Global numbers of its transformer layers, from 1; of all its model chunks."""
+
+    has_embedding: bool
+    has_head: bool
+    parameters: int
+    """Of one rank."""
+
+    whole_parameters: int
+    """Of the stage, tensor-parallel shards put together; a tied output layer counts on the first stage."""
+
+    memory: StageMemory
+    flops: float
+    """Of one microbatch, forward and backward, recomputation included, without the teacher."""
+
+    teacher_flops: float = 0.0
+    """Of one microbatch of the teacher where this rank runs it whole."""
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """What the teacher costs."""
+
+    description: str
+    student_layer: int
+    stage: int
+    stop_iteration: int
+    weights_bytes: int
+    flops_per_token: float
+    """Forward FLOPs."""
+
+    share_of_flops: float
+    """Of the student's FLOPs over the whole run's ranks, were the work spread over all of them."""
+
+    slowdown: dict[str, float]
+    """Iteration time with the teacher over that without, as FLOPs and pipeline have it: by `planning.pipeline.SHARES`."""
+
+    share: str
+    """Which of these the run has."""
+
+    is_bottleneck: bool
+    """Whether its stage becomes the slowest one."""
+
+
+@dataclass(frozen=True)
+class BetterSplit:
+    """Another deal of the layers, by which the whole run takes less time."""
+
+    layers: tuple[int, ...]
+    flags: str
+    saved: float
+    """Share of the run's time that it saves, as FLOPs and pipeline have it."""
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """How long the run takes."""
+
+    iterations: int
+    tokens: int
+    flops_per_iteration: float
+    """Model FLOPs of all ranks: recomputation and teacher not counted."""
+
+    tflops_per_device: float
+    """Model TFLOP/s of each device, without the teacher."""
+
+    source: str
+    """Where that number comes from."""
+
+    seconds_per_iteration: float
+    seconds_per_iteration_with_teacher: float | None
+    days: float
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """What the run reads of each split, in tokens."""
+
+    needed: dict[str, int]
+    present: dict[str, int | None]
+    """None where it cannot be counted here."""
+
+    is_made_up: bool
+    """With --mock-data, of which there is always enough."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run before it runs."""
+
+    world_size: int
+    layout: dict[str, int]
+    """Sizes of the parallel dimensions, microbatches and so on, by name."""
+
+    parameters: int
+    padded_vocab_size: int
+    for_gpu: bool
+    stages: tuple[StagePlan, ...]
+    teacher: TeacherPlan | None
+    time: TimePlan | None
+    """None where no speed is known: on CPU with nothing measured."""
+
+    data: DataPlan
+    checkpoint_bytes: int
+    better_split: BetterSplit | None
+    warnings: tuple[str, ...]
+    not_planned: tuple[str, ...]

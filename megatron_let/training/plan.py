@@ -1,0 +1,352 @@
+"""A run's plan: every pipeline stage traced on the meta device, and what follows for time, data and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from megatron_let.config.batches import (
+    batch_plan,
+    padded_vocab_size,
+    train_iterations,
+    virtual_pipeline_size,
+)
+from megatron_let.config.checks.rules import Packages
+from megatron_let.config.derive import resolve
+from megatron_let.config.run_config import RunConfig
+from megatron_let.config.validate import problems
+from megatron_let.data.indexed import count_tokens
+from megatron_let.errors import ConfigError
+from megatron_let.mcore.datasets import split_parts
+from megatron_let.mcore.transformer_config import compute_dtype
+from megatron_let.planning.flops import PEAK_BF16_TFLOPS, peak_flops, training_flops_per_token
+from megatron_let.planning.pipeline import SHARES, Pipeline
+from megatron_let.planning.plan import BetterSplit, DataPlan, RunPlan, StagePlan, TeacherPlan, TimePlan
+from megatron_let.training.data_needs import build_run_tokenizer, sample_counts
+from megatron_let.training.let_record import stop_of_run, student_layer_of_run
+from megatron_let.training.split_checks import usable_counts_alone
+from megatron_let.training.stage_trace import TracedRun, TracedTeacher, teacher_vocab_size, trace_stage
+from megatron_let.training.state import TrainingState
+
+# A plan is made where the run is not: its kernels need not be here.
+ANYWHERE = Packages(transformer_engine=True, apex=True)
+
+# A split is proposed when it saves more than this share of an iteration.
+_WORTH_SAYING = 0.01
+
+DEFAULT_MFU = 0.4
+
+GIB = 2**30
+
+Value = TypeVar("Value")
+
+NOT_PLANNED = (
+    "the CUDA context, NCCL's buffers and the allocator's fragmentation; temporary memory inside kernels and of the "
+    "optimizer's step; loading a checkpoint and evaluation",
+    "messages between ranks and reading data: they are in the MFU; a resume: the plan is that of the whole run",
+)
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What a plan is made for, beside the run's own settings."""
+
+    world_size: int
+    gpu: str = "A100"
+    gpu_memory_gib: float = 80.0
+    mfu: float | None = None
+    """Share of the GPU's peak that the run reaches without the teacher, as its log says; None: `DEFAULT_MFU`."""
+
+
+class PlanProblemsError(ConfigError):
+    """All that keeps a run from starting, one line each."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("\nerror: ".join(lines))
+
+
+def make_plan(config: RunConfig, settings: PlanSettings) -> RunPlan:
+    """Return what the run will cost.
+
+    Raises:
+        ConfigError: it could not start as it is; a PlanProblemsError holds all that is wrong.
+    """
+    vocab_size, speed, warnings = _check(config, settings)
+    config = resolve(config, settings.world_size, ANYWHERE)
+    run = _traced_run(config, settings.world_size, vocab_size)
+    num_stages = config.transformer.pipeline_model_parallel_size
+    traces = [trace_stage(run, stage) for stage in range(num_stages)]
+    stages = tuple(stage for stage, _ in traces)
+    pipeline = _pipeline(config, run, stages)
+    traced = next((teacher for _, teacher in traces if teacher is not None), None)
+    teacher = None if traced is None else _teacher_plan(run, stages, pipeline, traced)
+    return RunPlan(
+        world_size=settings.world_size,
+        layout=_layout(config, settings.world_size),
+        parameters=sum(stage.whole_parameters for stage in stages),
+        padded_vocab_size=run.padded_vocab_size,
+        for_gpu=run.for_gpu,
+        stages=stages,
+        teacher=teacher,
+        time=None if speed is None else _time_plan(run, teacher, *speed),
+        data=_data_plan(config, settings.world_size, warnings),
+        checkpoint_bytes=_checkpoint_bytes(config, stages),
+        better_split=_better_split(run, pipeline, stages, teacher),
+        warnings=(*warnings, *_memory_warnings(run, stages, settings), *_teacher_warnings(teacher)),
+        not_planned=_not_planned(config, run),
+    )
+
+
+def _check(config: RunConfig, settings: PlanSettings) -> tuple[int, tuple[float, str] | None, list[str]]:
+    """Return vocabulary, speed and warnings, or raise PlanProblemsError with all that is wrong."""
+    found: list[str] = []
+    warnings: list[str] = []
+
+    def attempt(action: Callable[[], Value]) -> Value | None:
+        try:
+            return action()
+        except ConfigError as problem:
+            found.append(str(problem))
+        except OSError as problem:
+            found.append(f"{problem.filename or 'a file'}: {problem.strerror or problem}")
+        return None
+
+    if settings.world_size < 1:
+        raise ConfigError(f"--world-size {settings.world_size}: a run has at least one rank")
+    found += [str(problem) for problem in problems(config, settings.world_size, ANYWHERE)]
+    speed = attempt(lambda: _speed(config, settings))
+    has_tokenizer = config.tokenizer.tokenizer_type is not None
+    vocab_size = attempt(lambda: _vocab_size(config, warnings)) if has_tokenizer else None
+    teacher_size = attempt(lambda: teacher_vocab_size(config)) if config.let.is_on else None
+    if vocab_size is not None and teacher_size is not None and vocab_size > teacher_size:
+        found.append(
+            f"the student's token ids reach {vocab_size - 1} but the teacher knows ids up to {teacher_size - 1}; "
+            "student and teacher must use the same tokenizer"
+        )
+    if found or vocab_size is None:
+        raise PlanProblemsError(found)
+    return vocab_size, speed, warnings
+
+
+def _vocab_size(config: RunConfig, warnings: list[str]) -> int:
+    """Return the ids of the tokenizer; where its files are not here, those that --vocab-size states."""
+    try:
+        return build_run_tokenizer(config).vocab_size
+    except ConfigError as problem:
+        stated = config.model.vocab_size
+        if stated is None:
+            raise ConfigError(
+                f"{problem}; with --vocab-size the plan does without the tokenizer"
+            ) from problem
+        warnings.append(f"planned with --vocab-size {stated} and no tokenizer: {problem}")
+        return stated
+
+
+def _traced_run(config: RunConfig, world_size: int, vocab_size: int) -> TracedRun:
+    transformer = config.transformer
+    plan = batch_plan(config, world_size)
+    stages = transformer.pipeline_model_parallel_size
+    # From here on every further microbatch finds what the one before it left.
+    enough = 2 * stages + 2
+    if virtual_pipeline_size(config) is not None:
+        enough = 2 * (transformer.microbatch_group_size_per_vp_stage or stages)
+    full = plan.full // (plan.micro_batch_size * plan.data_parallel_size)
+    divisor, tensor = config.model.make_vocab_size_divisible_by, transformer.tensor_model_parallel_size
+    return TracedRun(
+        config=config,
+        world_size=world_size,
+        for_gpu=_is_for_gpu(config),
+        vocab_size=vocab_size,
+        padded_vocab_size=padded_vocab_size(vocab_size, divisor, tensor),
+        num_microbatches=min(full, enough),
+    )
+
+
+def _layout(config: RunConfig, world_size: int) -> dict[str, int]:
+    transformer, plan = config.transformer, batch_plan(config, world_size)
+    return {
+        "tensor": transformer.tensor_model_parallel_size,
+        "context": transformer.context_parallel_size,
+        "pipeline": transformer.pipeline_model_parallel_size,
+        "chunks a stage": virtual_pipeline_size(config) or 1,
+        "data": plan.data_parallel_size,
+        "micro batch": plan.micro_batch_size,
+        "microbatches": plan.full // (plan.micro_batch_size * plan.data_parallel_size),
+        "global batch": plan.full,
+        "sequence": config.model.seq_length,
+    }
+
+
+def _pipeline(config: RunConfig, run: TracedRun, stages: Sequence[StagePlan]) -> Pipeline:
+    """Return the pipeline with the costs that were traced; layers cost alike, the output layer its matrix product."""
+    transformer, plan = config.transformer, batch_plan(config, run.world_size)
+    tokens = plan.micro_batch_size * config.model.seq_length / transformer.context_parallel_size
+    columns = run.padded_vocab_size / transformer.tensor_model_parallel_size
+    head = 3 * 2 * tokens * transformer.hidden_size * columns
+    first = stages[0].flops - (head if stages[0].has_head else 0)
+    return Pipeline(
+        layers=tuple(len(stage.layers) for stage in stages),
+        layer=first / len(stages[0].layers),
+        head=head,
+        num_microbatches=plan.full // (plan.micro_batch_size * plan.data_parallel_size),
+        num_chunks=virtual_pipeline_size(config) or 1,
+    )
+
+
+def _teacher_plan(
+    run: TracedRun, stages: Sequence[StagePlan], pipeline: Pipeline, teacher: TracedTeacher
+) -> TeacherPlan:
+    config, layer = run.config, student_layer_of_run(run.config)
+    stage, tensor = pipeline.owner(layer), config.transformer.tensor_model_parallel_size
+    flops, share = stages[stage].teacher_flops, config.let.let_share_teacher
+    costs = pipeline.stages(flops if share == "none" else flops / tensor, layer)
+    return TeacherPlan(
+        description=teacher.description,
+        student_layer=layer,
+        stage=stage,
+        stop_iteration=stop_of_run(config.let, train_iterations(config, run.world_size))[0],
+        weights_bytes=teacher.weights,
+        flops_per_token=teacher.flops_per_token,
+        share_of_flops=teacher.flops_per_token / training_flops_per_token(config, run.padded_vocab_size),
+        slowdown={
+            share: pipeline.slowdown(flops, layer, share=share, tensor_size=tensor) for share in SHARES
+        },
+        share=share,
+        is_bottleneck=share != "tensor-pipeline" and costs[stage] > max(pipeline.stages()),
+    )
+
+
+def _better_split(
+    run: TracedRun, pipeline: Pipeline, stages: Sequence[StagePlan], teacher: TeacherPlan | None
+) -> BetterSplit | None:
+    """Return the split whose run takes least time, before and after S_stop together, if it is worth a word."""
+    if len(stages) == 1:
+        return None
+    tensor = run.config.transformer.tensor_model_parallel_size
+
+    def cost(split: Pipeline) -> float:
+        plain = split.iteration(split.stages())
+        if teacher is None:
+            return plain
+        flops = stages[teacher.stage].teacher_flops
+        slowdown = split.slowdown(flops, teacher.student_layer, share=teacher.share, tensor_size=tensor)
+        guided = teacher.stop_iteration / train_iterations(run.config, run.world_size)
+        return plain * (1 + guided * (slowdown - 1))
+
+    best = min(pipeline.other_splits(), key=cost, default=pipeline)
+    saved = 1 - cost(best) / cost(pipeline)
+    if saved < _WORTH_SAYING:
+        return None
+    flags = (
+        f"--decoder-first-pipeline-num-layers {best.layers[0]} "
+        f"--decoder-last-pipeline-num-layers {best.layers[-1]}"
+    )
+    return BetterSplit(best.layers, flags, saved)
+
+
+def _speed(config: RunConfig, settings: PlanSettings) -> tuple[float, str] | None:
+    """Return TFLOP/s of a device and where the number comes from; None on CPU, whose peak is not known."""
+    peak = peak_flops(settings.gpu)
+    if peak is None:
+        raise ConfigError(f"--gpu {settings.gpu} is none of {', '.join(PEAK_BF16_TFLOPS)}; give one of them")
+    mfu = DEFAULT_MFU if settings.mfu is None else settings.mfu
+    if not 0 < mfu <= 1:
+        raise ConfigError(f"--mfu {mfu} is a share of the peak: above 0 and at most 1")
+    how = "stated" if settings.mfu is not None else "assumed: give a measured one"
+    source = f"--mfu {mfu:g} {how}, of {settings.gpu}'s {peak / 1e12:g}"
+    return (mfu * peak / 1e12, source) if _is_for_gpu(config) else None
+
+
+def _time_plan(run: TracedRun, teacher: TeacherPlan | None, tflops: float, source: str) -> TimePlan:
+    config, plan = run.config, batch_plan(run.config, run.world_size)
+    iterations, length = train_iterations(config, run.world_size), config.model.seq_length
+    flops_per_token = training_flops_per_token(config, run.padded_vocab_size)
+    tokens = plan.samples_of_iterations(iterations) * length
+    per_second = run.world_size * tflops * 1e12 / flops_per_token  # tokens
+    seconds, guided, extra = plan.full * length / per_second, None, 0.0
+    if teacher is not None:
+        guided = seconds * teacher.slowdown[teacher.share]
+        tokens_guided = plan.samples_of_iterations(teacher.stop_iteration) * length
+        extra = tokens_guided / per_second * (teacher.slowdown[teacher.share] - 1)
+    return TimePlan(
+        iterations=iterations,
+        tokens=tokens,
+        flops_per_iteration=flops_per_token * plan.full * length,
+        tflops_per_device=tflops,
+        source=source,
+        seconds_per_iteration=seconds,
+        seconds_per_iteration_with_teacher=guided,
+        days=(tokens / per_second + extra) / 86_400,
+    )
+
+
+def _data_plan(config: RunConfig, world_size: int, warnings: list[str]) -> DataPlan:
+    """Return what each split needs and has; what is missing or too small is a warning: the data may be elsewhere."""
+    counts = sample_counts(config, train_iterations(config, world_size), TrainingState())
+    length = config.model.seq_length
+    needed = {
+        "training": counts.train * length,
+        "validation": counts.valid * length,
+        "test": counts.test * length,
+    }
+    present: dict[str, int | None] = dict.fromkeys(needed)
+    if not config.data.mock_data:
+        try:
+            for split, parts in split_parts(config).items():
+                present[split] = sum(count_tokens(*part) for part in parts)
+            usable_counts_alone(config, counts)
+        except ConfigError as problem:
+            warnings.append(f"data: {problem}")
+    return DataPlan(needed, present, is_made_up=config.data.mock_data)
+
+
+def _checkpoint_bytes(config: RunConfig, stages: Sequence[StagePlan]) -> int:
+    """Return the size of a checkpoint: weights, and unless --no-save-optim the optimizer's main weights and moments."""
+    parameters = sum(stage.whole_parameters for stage in stages)
+    weight = compute_dtype(config).itemsize
+    moments = 8 if config.optimizer.optimizer == "adam" else 4 * (config.optimizer.sgd_momentum != 0)
+    has_main = weight < 4 or config.optimizer.use_distributed_optimizer
+    per_parameter = weight + (0 if config.checkpoint.no_save_optim else moments + 4 * has_main)
+    return parameters * per_parameter
+
+
+def _memory_warnings(run: TracedRun, stages: Sequence[StagePlan], settings: PlanSettings) -> list[str]:
+    if not run.for_gpu:
+        return []
+    limit = settings.gpu_memory_gib
+    return [
+        f"stage {stage.stage} needs {stage.memory.before_stop / GIB:.1f} GiB of the {limit:g} GiB of a GPU: more tensor "
+        "or pipeline ranks, a smaller --micro-batch-size or --recompute-granularity full take less"
+        for stage in stages
+        if stage.memory.before_stop > limit * GIB
+    ]
+
+
+def _teacher_warnings(teacher: TeacherPlan | None) -> list[str]:
+    if teacher is None or not teacher.is_bottleneck:
+        return []
+    slowdown = teacher.slowdown
+    return [
+        f"layer k = {teacher.student_layer} is on stage {teacher.stage}, which the teacher makes the slowest: "
+        f"{slowdown[teacher.share] - 1:+.0%} time an iteration until S_stop (work shared over the tensor-parallel ranks "
+        f"{slowdown['tensor'] - 1:+.0%})"
+    ]
+
+
+def _not_planned(config: RunConfig, run: TracedRun) -> tuple[str, ...]:
+    more = []
+    if config.transformer.fp8 is not None:
+        more.append("FP8: planned as bf16")
+    if run.for_gpu and config.model.transformer_impl != "local":
+        more.append("Transformer Engine's layers: planned with the stock ones, which keep nearly the same")
+    if config.transformer.attention_dropout and not run.for_gpu:
+        more.append("attention dropout on CPU, where PyTorch keeps the scores")
+    if config.data.reset_attention_mask and config.let.is_on:
+        more.append("documents: the teacher is planned on whole rows")
+    return (*NOT_PLANNED, *more)
+
+
+def _is_for_gpu(config: RunConfig) -> bool:
+    """Return whether the run is one on GPUs: all are but those that ask for gloo."""
+    return bool(config.parallel.distributed_backend != "gloo")

@@ -33,7 +33,7 @@ let=(
     --let-student-layer 4 # an early layer: 32 / 8
     --let-weight 0.1 --let-stop-fraction 0.15
 )
-if [ "${LET:-on}" = off ]; then let=(); fi
+if [ "$LET" = off ]; then let=(); fi
 # 20,000 iterations of 512 x 2048 tokens: 21B. AdamW and cosine are published, the numbers are usual ones.
 schedule=(
     --micro-batch-size 2 --global-batch-size 512 --train-iters 20000

@@ -4,7 +4,7 @@
 #   SAVE=runs/tiny bash scripts/pretrain_let_tiny.sh
 #
 #   SAVE      checkpoints and metrics; on a disk that all nodes share. The same command resumes from it
-#   TEACHER   Hugging Face directory of a teacher with at most 61 ids (default: none)
+#   TEACHER   Hugging Face directory of a teacher with 61 ids or more (default: none)
 #
 # Several nodes, DRY_RUN=1 and more: scripts/recipe.sh (GPUS_PER_NODE, the ranks on this node, is 2 here).
 # Under Slurm: scripts/slurm/pretrain_let.sbatch.
@@ -21,7 +21,7 @@ model=(
     --untie-embeddings-and-output-weights --hidden-dropout 0.1 --attention-dropout 0
 )
 let=()
-if [ -n "${TEACHER:-}" ] && [ "${LET:-on}" != off ]; then
+if [ -n "${TEACHER:-}" ] && [ "$LET" = on ]; then
     let=(--let-teacher-load "$TEACHER" --let-student-layer 2 --let-weight 1 --let-stop-fraction 0.5)
 fi
 schedule=(

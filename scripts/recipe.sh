@@ -37,6 +37,9 @@ one_of() {
     die "$1=${!1} is not known; allowed: ${*:2}"
 }
 
+LET="${LET:-on}"
+one_of LET on off
+
 # start FLAG...: run the training program with these flags on the ranks of this node, in place of this shell.
 start() {
     NNODES="${NNODES:-1}" GPUS_PER_NODE="${GPUS_PER_NODE:-8}" LAUNCHER="${LAUNCHER:-torchrun}"

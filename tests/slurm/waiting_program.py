@@ -7,7 +7,6 @@ with the signal's name.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,10 @@ def main(report: RunReport) -> int:
             wait_for_signal(requests[0])
         return build(*words, **settings)
 
-    with patch.object(signals, "StopRequest", Noted), patch.object(forward_step, "build_microbatch", microbatch):
+    with (
+        patch.object(signals, "StopRequest", Noted),
+        patch.object(forward_step, "build_microbatch", microbatch),
+    ):
         return pretrain_let.main(report)
 
 

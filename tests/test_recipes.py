@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_let.config.batches import padded_vocab_size
+from megatron_let.config.batches import batch_plan, padded_vocab_size, train_iterations
 from megatron_let.config.checks.rules import Packages
 from megatron_let.config.derive import resolve
 from megatron_let.config.run_config import RunConfig
@@ -85,7 +85,8 @@ def test_a_recipe_is_a_run_of_its_size_on_its_gpus(case: str) -> None:
     assert nodes * int(launch[launch.index("--nproc-per-node") + 1]) == world_size
     config = resolve(parse_arguments(flags), world_size, ON_A_GPU_MACHINE)
     assert config.let.let_teacher_load == config.tokenizer.tokenizer_model == "teachers/a teacher"
-    assert config.training.train_iters * config.training.global_batch_size * config.model.seq_length > 20e9
+    iterations = train_iterations(config, world_size)
+    assert iterations * batch_plan(config, world_size).full * config.model.seq_length > 20e9
     assert (config.transformer.fp8 is not None) == ("PRECISION" in changes)
     padded = padded_vocab_size(
         ids, config.model.make_vocab_size_divisible_by, config.transformer.tensor_model_parallel_size

@@ -47,7 +47,7 @@ def test_one_rank_of_a_node_builds_what_the_node_does_not_find(
 ) -> None:
     path = [0.3, write(tmp_path / "one"), 0.7, write(tmp_path / "two", first=7)]
     caches = [tmp_path / "cache", tmp_path / ("cache" if shared else "other")]
-    results = pool.run(4, build_on_node, path, caches, timeout=60)
+    results = pool.run(4, build_on_node, path, caches)
     assert [count for count, _, _ in results] == built, "2 data sets of 4 files and a blend of 3"
     assert all(samples == results[0][1] for _, samples, _ in results)
     files = [{file.name: np.fromfile(file, np.uint8) for file in cache.glob("*.npy")} for cache in caches]

@@ -4,7 +4,7 @@
         end_program(run_main(main))
 
 Under `python -m megatron_let.launch` a failing rank prints nothing: it leaves a record, and the launcher shows
-the first failure alone. Under bare torchrun, or with no launcher, the rank prints it as its last words.
+the first failure alone. Under bare torchrun or srun, or with no launcher, the rank prints it as its last words.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from megatron_let.exit_status import (
     write_exit_status,
 )
 from megatron_let.lifetime import ELASTIC_RUN_VARIABLE, die_with_launcher, take_children_along
+from megatron_let.slurm import SLURM_TASKS_VARIABLE, adopt_slurm_ranks
 
-# Under bare torchrun all ranks meet the same configuration error within moments. Rank 0 speaks at once and its end
-# makes torchrun stop the others in a tenth of a second; these wait longer than that before they speak.
+# Under bare torchrun (and srun --kill-on-bad-exit) all ranks meet the same configuration error within moments. Rank 0
+# speaks at once and its end makes torchrun stop the others in a tenth of a second; these wait longer before they speak.
 _TURN_SECONDS = 1.0
 _STATUS_SECONDS = 10.0
 _TURN_STEP_SECONDS = 0.25
@@ -152,6 +153,7 @@ class RunReport:
 def run_main(main: Callable[[RunReport], int]) -> int:
     """Call `main(report)` and return this program's exit code, having told once what went wrong.
 
+    A task of srun becomes a rank first, as torchrun would have told it.
     A `LetError` becomes one line `error: ...`; anything else keeps its traceback and code 1; Ctrl-C is 130.
     SIGTERM keeps its default action (or what `main` makes of it), so that a hung collective cannot delay it.
     """
@@ -159,11 +161,12 @@ def run_main(main: Callable[[RunReport], int]) -> int:
     take_children_along()
     report = RunReport()
     try:
+        adopt_slurm_ranks(os.environ)
         code = main(report)
     except (Exception, KeyboardInterrupt) as error:
         failure = _failure_of(error)
         if not report.record(error):
-            _speak(failure.traceback or failure.line)
+            _speak(failure.traceback or failure.line, failure.code)
         return failure.code
     if _rank() == 0 and report.save_directory is not None:
         reason = report.reason or reason_of(code)
@@ -215,10 +218,13 @@ def _failure_of(error: BaseException) -> _Failure:
     return _Failure(EXIT_CRASH, line, "".join(traceback.format_exception(error)))
 
 
-def _speak(text: str) -> None:
-    """Print a rank's last words on stderr, in turn when torchrun may be about to stop this rank for a peer's."""
-    if ELASTIC_RUN_VARIABLE in os.environ and _rank() != 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _speak(text: str, code: int) -> None:
+    """Print a rank's last words on stderr, in turn when torchrun or srun may be about to stop it for a peer's.
+
+    srun ends with the largest code of its tasks: one that is stopped leaves with its own, not with the signal's.
+    """
+    if (ELASTIC_RUN_VARIABLE in os.environ or SLURM_TASKS_VARIABLE in os.environ) and _rank() != 0:
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(code))
         time.sleep(_TURN_SECONDS + _TURN_STEP_SECONDS * int(os.environ.get("LOCAL_RANK", "0")))
     _flush()
     print(text.rstrip("\n"), file=sys.stderr, flush=True)

@@ -5,8 +5,9 @@
 #       --exit-signal-handler --save runs/a --load runs/a --save-interval 500
 #
 # Again after: 3 (stopped early, everything saved), 1 and signals (crash). Not after: 0 (done), 2 (bad configuration),
-# 4 (bad numbers), 130 (Ctrl-C), 126 and 127 (no such command). Under bare torchrun, which only knows 0 and 1, the code
-# is read from exit_status.json in the --save directory. This script ends with the run's own code.
+# 4 (bad numbers), 130 (Ctrl-C), 126 and 127 (no such command). Under bare torchrun, which only knows 0 and 1, and under srun,
+# which ends the other ranks when one leaves and then tells of that signal (128 + n), the code is read from exit_status.json in
+# the --save directory. This script ends with the run's own code.
 #
 # SIGTERM, SIGUSR1, SIGINT and SIGHUP go to the run, which is then waited for and not started again.
 #
@@ -105,7 +106,7 @@ run() {
     child=""
     local left
     left="$(left_code)"
-    if [ "$code" -eq 1 ] && [ -n "$left" ]; then code="$left"; fi
+    if [[ "$code" -eq 1 || "$code" -gt 128 ]] && [ -n "$left" ]; then code="$left"; fi
 }
 
 best="$(newest)" restarts=0

@@ -20,6 +20,6 @@ ruff check .
 ruff format --check .
 mypy .
 if command -v shellcheck >/dev/null; then
-    shellcheck scripts/*.sh .ci/run
+    shellcheck scripts/*.sh scripts/slurm/* .ci/run
 fi
 python -m pytest

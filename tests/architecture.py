@@ -13,17 +13,18 @@ MAX_FUNCTION_LINES = 60
 
 # The part of the foundation that starts in a moment, before anything else is known to work.
 WITHOUT_TORCH = frozenset(
-    [
+    {
         "errors",
         "log",
         "optional",
         "lifetime",
         "signal_pipe",
+        "slurm",
         "directory_lock",
         "exit_status",
         "entry",
         "plain_json",
-    ]
+    }
 )
 FOUNDATION = WITHOUT_TORCH | {"__init__", "launch"}
 # What each room may import besides itself and the foundation. `let` and `mcore` never meet: `training` joins them.

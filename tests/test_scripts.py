@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
+SCRIPTS = [
+    *sorted((ROOT / "scripts").glob("*.sh")),
+    *sorted((ROOT / "scripts" / "slurm").iterdir()),
+    ROOT / ".ci" / "run",
+]
 
 # Passes everything on to the true Python except making environments and installing packages, which it notes.
 STAND_IN = """#!/usr/bin/env bash
@@ -130,13 +134,27 @@ def required_by_setup() -> set[str]:
     raise AssertionError("setup.py names no requirements")
 
 
-def test_continuous_integration_calls_the_test_script_and_nothing_else() -> None:
-    script = ROOT / ".ci" / "run"
-    assert os.access(script, os.X_OK)
-    commands = [
-        line for line in script.read_text().splitlines() if line and line[0] != "#" and line[:4] != "set "
-    ]
-    assert commands == ['exec bash "$(dirname "${BASH_SOURCE[0]}")/../scripts/test.sh"']
+@pytest.mark.parametrize(("user", "apt", "said"), [(0, 0, ""), (0, 1, "could not be installed"), (7, 1, "")])
+def test_continuous_integration_ends_as_the_test_script_whatever_can_be_installed(
+    user: int, apt: int, said: str, checkout: Path
+) -> None:
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    shutil.copytree(ROOT / ".ci", checkout / ".ci")
+    (checkout / "scripts" / "test.sh").write_text("echo tested $# && exit 5\n")
+    for name, text in (("id", f"echo {user}"), ("apt-get", f'echo "$*" >>"$NOTES"; exit {apt}')):
+        (checkout / name).write_text(f"#!/bin/sh\n{text}\n")
+        (checkout / name).chmod(0o755)
+    notes = checkout / "notes"
+    notes.touch()
+    environment = {**os.environ, "PATH": f"{checkout}:{os.environ['PATH']}", "NOTES": str(notes)}
+    done = subprocess.run(
+        [checkout / ".ci" / "run"], cwd="/", env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 5
+    assert done.stdout.endswith("tested 0\n")
+    assert said in done.stdout
+    assert (done.stdout.count("\n") == 2) == bool(said)
+    assert len(notes.read_text().splitlines()) == (0 if user else 1 + (apt == 0))
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")

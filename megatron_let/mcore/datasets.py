@@ -161,12 +161,17 @@ def build_datasets(
     Raises:
         ConfigError: the data cannot be indexed, or give fewer samples than asked for.
     """
-    # Rank 0 first: the others then find its indices in the cache. (Where they do not, because the directory is not
-    # shared, each builds its own.) megatron-core's builder would hold them at a barrier that a failure never reaches.
-    first = context.together(
-        lambda: build_datasets_alone(config, tokenizer, counts) if context.rank == 0 else None
-    )
-    return context.together(lambda: first or build_datasets_alone(config, tokenizer, counts))
+    # Rank 0 first, then one rank of each node, then the others: each finds the indices in the cache, or builds them where its
+    # node does not share that directory. megatron-core's builder would hold them at a barrier that a failure never reaches.
+    turn = 0 if context.rank == 0 else 1 if context.local_rank == 0 else 2
+
+    def build() -> list[DataSplits]:
+        return [build_datasets_alone(config, tokenizer, counts)]
+
+    built: list[DataSplits] = []
+    for now in range(3):
+        built += context.together(build if turn == now else list)
+    return built[0]
 
 
 def build_datasets_alone(config: RunConfig, tokenizer: DataTokenizer, counts: SampleCounts) -> DataSplits:

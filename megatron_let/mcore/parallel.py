@@ -49,6 +49,8 @@ class ParallelContext:
     vp_size: int | None
     device: torch.device
     groups: ProcessGroupCollection
+    local_rank: int = 0
+    """This rank's number on its node."""
 
     @property
     def is_on_gpu(self) -> bool:
@@ -182,16 +184,20 @@ def seed_everything(config: RunConfig) -> None:
 def _select_device(backend: str) -> torch.device:
     if backend == "gloo":
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = _local_rank()
     # All ranks of the machine find this, not only those that are one too many.
     wanted, visible = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)), torch.cuda.device_count()
     if wanted > visible:
         raise ConfigError(
             f"{wanted} ranks were started on a machine with {visible} visible GPUs; start one rank a GPU "
-            f"(--nproc-per-node {visible})"
+            f"(--nproc-per-node {visible}; under Slurm let every rank see all GPUs of its node: --gpus-per-node)"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 @contextmanager
@@ -294,4 +300,5 @@ def describe(config: RunConfig, device: torch.device) -> ParallelContext:
         vp_size=config.transformer.virtual_pipeline_model_parallel_size,
         device=device,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
+        local_rank=_local_rank(),
     )

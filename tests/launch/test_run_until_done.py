@@ -119,12 +119,15 @@ def test_a_tracker_that_holds_no_number_is_no_progress(text: str, start: Start, 
     assert num_starts(tmp_path) == 2
 
 
-def test_under_torchrun_the_code_is_read_from_the_status_of_this_start(start: Start, tmp_path: Path) -> None:
-    def leave(code: int) -> str:
-        return f"""echo '{{"exit_code": {code}, "reason": "x"}}' >exit_status.json; exit 1"""
+@pytest.mark.parametrize("code", [1, 137, 143], ids=["torchrun", "srun killed ranks", "srun stopped ranks"])
+def test_where_the_command_hides_the_code_it_is_read_from_the_status_of_this_start(
+    code: int, start: Start, tmp_path: Path
+) -> None:
+    def leave(own: int) -> str:
+        return f"""echo '{{"exit_code": {own}, "reason": "x"}}' >exit_status.json; exit {code}"""
 
     (tmp_path / "a run" / "exit_status.json").write_text('{"exit_code": 2}')
-    program = start("exit 1", leave(3), leave(4), "exit 77")
+    program = start(f"exit {code}", leave(3), leave(4), "exit 77")
     assert ended(program)[0] == 4
     assert num_starts(tmp_path) == 3
 

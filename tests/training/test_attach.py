@@ -1,0 +1,327 @@
+"""LET attached to a foreign loop with Megatron-LM's signatures: the bits of this project's own trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_let.config.derive import resolve
+from megatron_let.errors import ConfigError
+from megatron_let.mcore.model import Student, build_gpt, mask_padded_logits
+from megatron_let.mcore.optimizer import build_lr_scheduler, build_optimizer
+from megatron_let.mcore.parallel import parallel_context
+from megatron_let.mcore.transformer_config import build_transformer_config
+from megatron_let.testing.distributed import RankPool
+from megatron_let.testing.one_iteration import Tensors, whole_tensors
+from megatron_let.testing.training import TINY_STUDENT, arguments
+from megatron_let.training.arguments import parse_arguments
+from megatron_let.training.build import build_trainer
+from megatron_let.training.metrics import TrainingRow
+from megatron_let.training.signals import StopRequest
+from tests.training import megatron_lm_stand_in as stand_in
+
+ITERATIONS, STOP, GLOBAL_BATCH, EOD = 3, 2, 4, 60
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TP2_SP = {"--tensor-model-parallel-size": 2, "--sequence-parallel": None}
+PP2 = {"--pipeline-model-parallel-size": 2}
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "one-process": (1, {}),
+    "fp16": (1, {"--fp16": None, "--initial-loss-scale": 1024}),
+    "per-token": (1, {"--calculate-per-token-loss": None}),
+    "dp2": (2, {}),
+    "tp2-sp": (2, TP2_SP),
+    "pp2": (2, PP2),
+    "pp2-last-stage": (2, {**PP2, "--let-student-layer": 4}),
+    "pp2-vp2": (2, {**PP2, "--num-layers-per-virtual-pipeline-stage": 1, "--let-student-layer": 3}),
+    "pp4-middle-stage": (4, {"--pipeline-model-parallel-size": 4}),
+}
+
+
+@dataclass
+class Course:
+    """What a run went through on one rank: gradients of each iteration, whole, and the weights at its end."""
+
+    gradients: list[Tensors] = field(default_factory=list)
+    weights: Tensors = field(default_factory=dict)
+    numbers: list[tuple[float, float, float]] = field(default_factory=list)  # LET's loss, cosine and weight
+    num_hooks: list[int] = field(default_factory=list)  # on the layers of this rank, after each iteration
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What both loops read, in order."""
+
+    tokens: torch.Tensor  # [samples, s]
+    labels: torch.Tensor
+
+
+class Rows:
+    """A sink that keeps LET's numbers."""
+
+    def __init__(self, course: Course) -> None:
+        self.course = course
+
+    def write(self, row: Any) -> None:
+        if isinstance(row, TrainingRow) and row.let_loss is not None:
+            self.course.numbers.append((row.let_loss, row.let_cosine or 0.0, row.let_weight or 0.0))
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def settings_of(argv: Sequence[str]) -> Any:
+    return resolve(parse_arguments(list(argv)), int(os.environ["WORLD_SIZE"]))
+
+
+def watch_steps(course: Course, student: Student, optimizer: Any, context: Any) -> None:
+    """Note the gradients whenever the optimizer is told to step."""
+    step = optimizer.step
+
+    def note_and_step() -> Any:
+        course.gradients.append(whole_tensors(student, context, lambda parameter: parameter.main_grad))
+        layers = [layer for chunk in student.gpt_chunks for layer in chunk.decoder.layers]
+        course.num_hooks.append(sum(len(layer._forward_hooks) for layer in layers))
+        return step()
+
+    optimizer.step = note_and_step
+
+
+def our_course(argv: Sequence[str]) -> tuple[Course, Samples]:
+    """Run this project's trainer on this rank."""
+    import dataclasses
+
+    course, config = Course(), settings_of(argv)
+    with parallel_context(config) as context:
+        trainer = build_trainer(config, context, StopRequest())
+        run = trainer.run
+        watch_steps(course, run.parts.student, run.parts.optimizer, context)
+        reporter = dataclasses.replace(run.reporter, sinks=(*run.reporter.sinks, Rows(course)))
+        trainer.run = dataclasses.replace(run, reporter=reporter)
+        samples = [run.data.train[index] for index in range(ITERATIONS * GLOBAL_BATCH)]
+        trainer.fit()
+        course.weights = whole_tensors(run.parts.student, context, lambda parameter: parameter.data)
+    return course, Samples(
+        *(torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels"))
+    )
+
+
+class Iterators:
+    """The stand-in's data sets: an endless iterator on the ranks that ask for one."""
+
+    def __init__(self, samples: Samples, context: Any, *, micro_batch_size: int) -> None:
+        self._samples, self._context, self._size = samples, context, micro_batch_size
+
+    def __call__(self, vp_stage: int | None = None) -> Iterator[dict[str, torch.Tensor]] | None:
+        plugin_reads = self.plugin.reads_data(vp_stage) and self._context.tp_rank == 0
+        if not (stand_in.is_dataset_built_on_rank(vp_stage) or plugin_reads):
+            return None
+        return self._microbatches()
+
+    plugin: Any = None
+
+    def _microbatches(self) -> Iterator[dict[str, torch.Tensor]]:
+        context, size = self._context, self._size
+        first, stride = context.dp_rank * size, context.dp_size * size
+        for start in range(first, len(self._samples.tokens), stride):
+            tokens, labels = (x[start : start + size] for x in (self._samples.tokens, self._samples.labels))
+            yield {
+                "tokens": tokens,
+                "labels": labels,
+                "loss_mask": (tokens != EOD).float(),
+                "position_ids": torch.arange(tokens.shape[1]).expand_as(tokens),
+            }
+
+
+def plugin_module() -> Any:
+    """Import the example as Megatron-LM's user does, the stand-in in Megatron-LM's place."""
+    package = ModuleType("megatron.training")
+    package.get_args = stand_in.get_args  # type: ignore[attr-defined]
+    sys.modules["megatron.training"] = package
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import megatron_lm_plugin
+    finally:
+        sys.path.remove(str(EXAMPLES))
+        del sys.modules["megatron.training"]
+    return megatron_lm_plugin
+
+
+def host_course(argv: Sequence[str], samples: Samples, *, start: int = 0) -> Course:
+    """Run the stand-in's loop with the example plugin on this rank, on the same settings and samples."""
+    from megatron.core.num_microbatches_calculator import (
+        destroy_num_microbatches_calculator,
+        init_num_microbatches_calculator,
+    )
+
+    config, course = settings_of(argv), Course()
+    transformer, training, let = config.transformer, config.training, config.let
+    with parallel_context(config) as context, contextlib.redirect_stdout(io.StringIO()) as printed:
+        core_config = build_transformer_config(config, is_on_gpu=False)
+
+        def model_provider(
+            pre_process: bool, post_process: bool, vp_stage: int | None = None, config: Any = None, **_: Any
+        ) -> Any:
+            model = build_gpt(
+                settings_of(argv),
+                core_config,
+                padded_vocab_size=72 if transformer.tensor_model_parallel_size == 1 else 96,
+                groups=context.groups,
+                pre_process=pre_process,
+                post_process=post_process,
+                vp_stage=vp_stage,
+                has_te_layers=False,
+            )
+            mask_padded_logits(model, EOD + 1, tp_rank=context.tp_rank)
+            return model
+
+        def setup_optimizer(model: list[Any]) -> tuple[Any, Any]:
+            student = Student(model, core_config)
+            optimizer = build_optimizer(config, student)
+            watch_steps(course, student, optimizer, context)
+            return optimizer, build_lr_scheduler(config, optimizer)
+
+        module = plugin_module()
+        plugin = module.LetPlugin()
+        iterators = Iterators(samples, context, micro_batch_size=training.micro_batch_size)
+        iterators.plugin = plugin
+        init_num_microbatches_calculator(
+            context.rank, None, training.global_batch_size, training.micro_batch_size, context.dp_size
+        )
+        try:
+            model = stand_in.pretrain(
+                iterators,
+                plugin.model_provider(model_provider),
+                stand_in.MODEL_TYPE,
+                plugin.forward_step(stand_in.forward_step),
+                extra_args_provider=module.add_let_arguments,
+                args_defaults={
+                    "iteration": start,
+                    "train_iters": ITERATIONS,
+                    "global_batch_size": training.global_batch_size,
+                    "micro_batch_size": training.micro_batch_size,
+                    "seq_length": config.model.seq_length,
+                    "num_layers": transformer.num_layers,
+                    "fp16": transformer.fp16,
+                    "bf16": transformer.bf16,
+                    "params_dtype": core_config.params_dtype,
+                    "log_interval": 1,
+                    "reset_attention_mask": False,
+                    "pipeline_model_parallel_size": transformer.pipeline_model_parallel_size,
+                    "virtual_pipeline_model_parallel_size": transformer.virtual_pipeline_model_parallel_size,
+                },
+                words=[
+                    *("--let-teacher-load", str(let.let_teacher_load)),
+                    *("--let-weight", str(let.let_weight), "--let-stop-iters", str(let.let_stop_iters)),
+                    *("--let-student-layer", str(let.let_student_layer)),
+                ],
+                setup_optimizer=setup_optimizer,
+            )
+        finally:
+            destroy_num_microbatches_calculator()
+        course.weights = whole_tensors(Student(model, core_config), context, lambda parameter: parameter.data)
+    course.numbers = [
+        (float(loss), float(cosine), float(weight))
+        for loss, cosine, weight in re.findall(
+            r"let loss: (\S+) \| let cosine: (\S+) \| let weight: (\S+) \|", printed.getvalue()
+        )
+    ]
+    return course
+
+
+def both(argv: Sequence[str]) -> tuple[Course, Course]:
+    """Run both loops on this rank, from the same seed."""
+    ours, samples = our_course(argv)
+    return ours, host_course(argv, samples)
+
+
+@pytest.fixture(scope="module")
+def base(token_files: Path, teacher: Path) -> dict[str, Any]:
+    """Return the flags of a run with LET that ends before the run does."""
+    return {
+        **TINY_STUDENT,
+        "--data-path": token_files,
+        "--eod-mask-loss": None,
+        "--global-batch-size": GLOBAL_BATCH,
+        "--train-iters": ITERATIONS,
+        "--lr-decay-style": "constant",
+        "--make-vocab-size-divisible-by": 24,
+        "--let-teacher-load": teacher,
+        "--let-student-layer": 2,
+        "--let-weight": 1.0,
+        "--let-stop-iters": STOP,
+    }
+
+
+def different(left: Tensors, right: Tensors) -> list[str]:
+    assert left.keys() == right.keys()
+    return [name for name in left if not torch.equal(left[name], right[name])]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_foreign_loop_computes_the_bits_of_our_own(case: str, pool: RankPool, base: dict[str, Any]) -> None:
+    world_size, changes = CASES[case]
+    ranks = pool.run(world_size, both, arguments(base, changes))
+    ours, host = ranks[0]
+    assert len(ours.gradients) == len(host.gradients) == ITERATIONS
+    for expected, actual in zip(ours.gradients, host.gradients, strict=True):
+        assert different(expected, actual) == []
+    assert different(ours.weights, host.weights) == []
+    for expected_hooks, actual_hooks in ((o.num_hooks, h.num_hooks) for o, h in ranks):
+        assert actual_hooks == expected_hooks
+    assert sum(host.num_hooks[-1] for _, host in ranks) == sum(host.num_hooks[0] for _, host in ranks) - (
+        world_size if "--pipeline-model-parallel-size" not in changes else 1
+    )
+    reports = [numbers for _, host in ranks for numbers in host.numbers]
+    assert len(reports) == STOP, "one rank speaks, once an iteration"
+    for report, row in zip(reports, ours.numbers, strict=True):
+        assert report == pytest.approx(row, rel=1e-5, abs=1e-6)  # as many digits are printed
+
+
+def resumed_after_stop(argv: Sequence[str]) -> list[int]:
+    """Run the stand-in from S_stop on."""
+    samples = Samples(*(torch.randint(EOD, (GLOBAL_BATCH, 32)) for _ in range(2)))
+    return host_course(argv, samples, start=STOP).num_hooks
+
+
+def test_a_run_resumed_after_s_stop_needs_no_teacher(
+    pool: RankPool, base: dict[str, Any], tmp_path: Path
+) -> None:
+    words = arguments(base, {"--let-teacher-load": tmp_path / "gone"})
+    assert pool.run(1, resumed_after_stop, words) == [[0]]
+
+
+def resumed_before_stop(argv: Sequence[str]) -> str:
+    """Run the stand-in with a teacher that is needed and is gone."""
+    samples = Samples(*(torch.randint(EOD, (GLOBAL_BATCH, 32)) for _ in range(2)))
+    try:
+        host_course(argv, samples, start=STOP - 1)
+    except ConfigError as error:
+        return str(error)
+    return "trained"
+
+
+def test_a_run_resumed_before_s_stop_says_that_the_teacher_is_gone(
+    pool: RankPool, base: dict[str, Any], tmp_path: Path
+) -> None:
+    gone = tmp_path / "gone"
+    message = pool.run(1, resumed_before_stop, arguments(base, {"--let-teacher-load": gone}))[0]
+    assert str(gone) in message
+
+
+def test_weight_and_position_come_from_the_scripts_iteration(pool: RankPool, base: dict[str, Any]) -> None:
+    """Without the teacher's pull the gradients differ, so that the comparison above shows something."""
+    plain = {flag: False for flag in base if flag.startswith("--let-")}
+    with_let = pool.run(1, our_course, arguments(base))[0][0]
+    without = pool.run(1, our_course, arguments(base, plain))[0][0]
+    assert different(with_let.gradients[0], without.gradients[0]) != []

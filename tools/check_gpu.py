@@ -19,12 +19,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from check_gpu_rows import FAILED, NOT_RUN, PASSED, Row, Setting, last_words, read_rows, table
 
 ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = ROOT / "tools" / "check_gpu_parts.py"
 PART_SECONDS = {
     "environment": 60,
     "parity": 170,
@@ -50,7 +52,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run_part(part: str, setting: Setting, *, limit: float) -> tuple[list[Row], float]:
+def run_part(
+    part: str, setting: Setting, *, limit: float, program: Path = PROGRAM
+) -> tuple[list[Row], float]:
     """Run one part in a process of its own; return its rows and how many seconds it took."""
     if limit <= 0:
         return [Row(part, "the whole part", None, None, FAILED, "no time was left for it")], 0.0
@@ -58,7 +62,7 @@ def run_part(part: str, setting: Setting, *, limit: float) -> tuple[list[Row], f
     setting_file = Path(setting.directory, f"{part}.setting.json")
     setting_file.write_text(json.dumps(asdict(setting)), encoding="utf-8")
     log, started = rows_file.with_suffix(".log"), time.monotonic()
-    command = [sys.executable, str(ROOT / "tools" / "check_gpu_parts.py"), part, str(setting_file)]
+    command = [sys.executable, str(program), part, str(setting_file)]
     with log.open("w") as output:
         child = subprocess.Popen(
             command,
@@ -105,10 +109,8 @@ def environment_of(setting: Setting) -> dict[str, str]:
 
 def _end(child: subprocess.Popen[bytes]) -> None:
     """Kill the part and whatever it started, which stand in a session of their own."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()
 
 

@@ -60,6 +60,19 @@ def _train(setting: Setting, directory: Path, changes: dict[str, Any] | None = N
     """Train to the end in a process of its own and return its seconds; raises RuntimeError when it fails."""
     import time
 
+    log, started = directory.with_suffix(".log"), time.monotonic()
+    words = [sys.executable, __file__, json.dumps(run_flags(setting, directory, changes))]
+    with log.open("w") as output:
+        status = subprocess.run(
+            words, stdout=output, stderr=subprocess.STDOUT, timeout=RUN_SECONDS, check=False
+        ).returncode
+    if status != 0:
+        raise RuntimeError(f"training ended with exit code {status}: {last_words(log)}")
+    return time.monotonic() - started
+
+
+def run_flags(setting: Setting, directory: Path, changes: dict[str, Any] | None = None) -> list[str]:
+    """Return the command line of a run that saves to `directory`."""
     flags: dict[str, Any] = {
         "--train-iters": END,
         "--let-stop-iters": STOP,
@@ -70,15 +83,7 @@ def _train(setting: Setting, directory: Path, changes: dict[str, Any] | None = N
         "--deterministic-mode": None,
         **(changes or {}),
     }
-    log, started = directory.with_suffix(".log"), time.monotonic()
-    words = [sys.executable, __file__, json.dumps(student_flags(setting, **flags))]
-    with log.open("w") as output:
-        status = subprocess.run(
-            words, stdout=output, stderr=subprocess.STDOUT, timeout=RUN_SECONDS, check=False
-        ).returncode
-    if status != 0:
-        raise RuntimeError(f"training ended with exit code {status}: {last_words(log)}")
-    return time.monotonic() - started
+    return student_flags(setting, **flags)
 
 
 def main() -> int:

@@ -48,7 +48,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: for a CPU")
     parser.add_argument("--parts", choices=tuple(PART_SECONDS), nargs="+", default=tuple(PART_SECONDS))
     parser.add_argument("--json", type=Path, default=ROOT / "runs" / "check_gpu.json")
-    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for all parts together")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=TOTAL_SECONDS,
+        help="for all parts together; each part gets its share",
+    )
     return parser.parse_args(argv)
 
 
@@ -120,7 +125,8 @@ def check(arguments: argparse.Namespace, directory: str) -> int:
     deadline, rows, seconds = time.monotonic() + arguments.seconds, list[Row](), dict[str, float]()
     for part in arguments.parts:
         print(f"{part} ...", end=" ", flush=True)
-        limit = min(PART_SECONDS[part], deadline - time.monotonic())
+        share = PART_SECONDS[part] * arguments.seconds / TOTAL_SECONDS
+        limit = min(share, deadline - time.monotonic())
         found, seconds[part] = run_part(part, setting, limit=limit)
         print(f"{seconds[part]:.0f} s", flush=True)
         rows += found

@@ -60,15 +60,24 @@ def student_of(chunks: Sequence[torch.nn.Module]) -> Student:
     """
     if not chunks:
         raise ConfigError("there is no model chunk on this rank")
-    for chunk in chunks:
-        inner = chunk
-        while isinstance(inner, (DistributedDataParallel, Float16Module)):
-            inner = inner.module
-        if not isinstance(inner, GPTModel):
-            raise ConfigError(
-                f"a model chunk is a {type(inner).__name__}; only megatron-core's GPTModel is known"
-            )
-    return Student(cast(list[DistributedDataParallel], list(chunks)), unwrap(chunks[0]).config)
+    configs = [gpt_of(chunk).config for chunk in chunks]
+    return Student(cast(list[DistributedDataParallel], list(chunks)), configs[0])
+
+
+def gpt_of(chunk: torch.nn.Module) -> GPTModel:
+    """Return the GPTModel inside a model chunk of another program.
+
+    Raises:
+        ConfigError: there is none, or it is in other wrappers than Megatron's own.
+    """
+    while isinstance(chunk, (DistributedDataParallel, Float16Module)):
+        chunk = chunk.module
+    if not isinstance(chunk, GPTModel):
+        raise ConfigError(
+            f"a model chunk is a {type(chunk).__name__}; LET knows megatron-core's GPTModel in its own "
+            "DistributedDataParallel"
+        )
+    return chunk
 
 
 @contextmanager

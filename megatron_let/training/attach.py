@@ -21,7 +21,7 @@ from megatron_let.errors import ConfigError
 from megatron_let.let import AlignmentObjective, Teacher
 from megatron_let.mcore.batch import find_document_starts
 from megatron_let.mcore.layer_tap import find_layer
-from megatron_let.mcore.model import Student, student_of, unwrap
+from megatron_let.mcore.model import Student, gpt_of, student_of
 from megatron_let.mcore.parallel import ParallelContext, current_context
 from megatron_let.training.alignment import Alignment, AlignmentReport, load_apart
 
@@ -107,7 +107,7 @@ class AttachedLet:
 
     def _shown(self, data_iterator: Any, model: torch.nn.Module) -> Any:
         """Show the next microbatch to the teacher; return an iterator that still gives it."""
-        chunk = unwrap(model).vp_stage or 0
+        chunk = gpt_of(model).vp_stage or 0
         is_training = model.training and torch.is_grad_enabled()
         if self._alignment is None or chunk != self._alignment.owner_chunk or not is_training:
             return data_iterator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
@@ -18,6 +19,7 @@ import torch
 
 from megatron_let.config.derive import resolve
 from megatron_let.errors import ConfigError
+from megatron_let.let import AlignmentObjective, LetSchedule
 from megatron_let.mcore.model import Student, build_gpt, mask_padded_logits
 from megatron_let.mcore.optimizer import build_lr_scheduler, build_optimizer
 from megatron_let.mcore.parallel import parallel_context
@@ -26,6 +28,7 @@ from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.one_iteration import Tensors, whole_tensors
 from megatron_let.testing.training import TINY_STUDENT, arguments
 from megatron_let.training.arguments import parse_arguments
+from megatron_let.training.attach import AttachedLet, HostLoop, attach_let
 from megatron_let.training.build import build_trainer
 from megatron_let.training.metrics import TrainingRow
 from megatron_let.training.signals import StopRequest
@@ -99,8 +102,6 @@ def watch_steps(course: Course, student: Student, optimizer: Any, context: Any) 
 
 def our_course(argv: Sequence[str]) -> tuple[Course, Samples]:
     """Run this project's trainer on this rank."""
-    import dataclasses
-
     course, config = Course(), settings_of(argv)
     with parallel_context(config) as context:
         trainer = build_trainer(config, context, StopRequest())
@@ -319,7 +320,60 @@ def test_a_run_resumed_before_s_stop_says_that_the_teacher_is_gone(
     assert str(gone) in message
 
 
-def test_weight_and_position_come_from_the_scripts_iteration(pool: RankPool, base: dict[str, Any]) -> None:
+def refusals(argv: Sequence[str]) -> dict[str, str]:
+    """Attach LET to what it is not for; return what it says."""
+    config, messages = settings_of(argv), {}
+    with parallel_context(config) as context:
+        core_config = build_transformer_config(config, is_on_gpu=False)
+        gpt = build_gpt(
+            config,
+            core_config,
+            padded_vocab_size=72,
+            groups=context.groups,
+            pre_process=True,
+            post_process=True,
+            vp_stage=None,
+            has_te_layers=False,
+        )
+        loop = HostLoop(iteration=lambda: 0, num_microbatches=lambda: 1)
+
+        def attach(name: str, model: list[Any], layer: int) -> None:
+            objective = AlignmentObjective(LetSchedule(1.0, STOP), layer)
+            try:
+                attach_let(model, loop, load_teacher=no_teacher, objective=objective)
+            except ConfigError as error:
+                messages[name] = str(error)
+
+        attach("no GPT", [torch.nn.Linear(2, 2)], 1)
+        attach("no chunk", [], 1)
+        attach("layer", [gpt], 5)
+        core_config.context_parallel_size = 2
+        attach("context parallel", [gpt], 1)
+    return messages
+
+
+def no_teacher(device: torch.device) -> Any:
+    raise AssertionError("refused before a teacher is loaded")
+
+
+def test_what_it_is_not_for_is_refused(pool: RankPool, base: dict[str, Any]) -> None:
+    messages = pool.run(1, refusals, arguments(base))[0]
+    assert messages == {
+        "no GPT": "a model chunk is a Linear; LET knows megatron-core's GPTModel in its own DistributedDataParallel",
+        "no chunk": "there is no model chunk on this rank",
+        "layer": "LET: student layer 5 of a model with layers 1 to 4",
+        "context parallel": "LET is not attached to context-parallel runs of other programs; use pretrain_let.py",
+    }
+
+
+def test_a_stage_without_data_and_a_sample_without_mask_are_named() -> None:
+    with pytest.raises(ConfigError, match="has no data; build the data set there too"):
+        AttachedLet._next_sample(None)
+    with pytest.raises(ConfigError, match="gives labels, tokens and no loss_mask"):
+        AttachedLet._next_sample(iter([{"tokens": torch.zeros(1, 2), "labels": torch.zeros(1, 2)}]))
+
+
+def test_the_teacher_pulls_in_what_is_compared(pool: RankPool, base: dict[str, Any]) -> None:
     """Without the teacher's pull the gradients differ, so that the comparison above shows something."""
     plain = {flag: False for flag in base if flag.startswith("--let-")}
     with_let = pool.run(1, our_course, arguments(base))[0][0]

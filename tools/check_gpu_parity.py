@@ -14,6 +14,7 @@ Hugging Face's models. Errors of a gradient are 2-norms of the difference over 2
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -216,7 +217,7 @@ def gradient_errors(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> t
         for name, value in expected.items()
     }
     relative = {
-        name: (difference / size) ** 0.5 if size else float(difference > 0)
+        name: (difference / size) ** 0.5 if size else math.inf if difference else 0.0
         for name, (difference, size) in squares.items()
     }
     relative = {name: error if error == error else float("inf") for name, error in relative.items()}

@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import num_microbatches_calculator as calculator
 
+from megatron_let.config.batches import padded_vocab_size
 from megatron_let.config.derive import resolve
 from megatron_let.errors import ConfigError
 from megatron_let.let import AlignmentObjective, LetSchedule
@@ -34,7 +36,7 @@ from megatron_let.training.metrics import TrainingRow
 from megatron_let.training.signals import StopRequest
 from tests.training import megatron_lm_stand_in as stand_in
 
-ITERATIONS, STOP, GLOBAL_BATCH, EOD = 3, 2, 4, 60
+ITERATIONS, STOP, GLOBAL_BATCH, EOD, PADDING = 3, 2, 4, 60, 24
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TP2_SP = {"--tensor-model-parallel-size": 2, "--sequence-parallel": None}
 PP2 = {"--pipeline-model-parallel-size": 2}
@@ -117,25 +119,26 @@ def our_course(argv: Sequence[str]) -> tuple[Course, Samples]:
     )
 
 
+@dataclass(frozen=True)
 class Iterators:
-    """The stand-in's data sets: an endless iterator on the ranks that ask for one."""
+    """The stand-in's data sets: an iterator on the ranks that ask for one."""
 
-    def __init__(self, samples: Samples, context: Any, *, micro_batch_size: int) -> None:
-        self._samples, self._context, self._size = samples, context, micro_batch_size
+    samples: Samples
+    context: Any
+    micro_batch_size: int
+    plugin: Any
 
     def __call__(self, vp_stage: int | None = None) -> Iterator[dict[str, torch.Tensor]] | None:
-        plugin_reads = self.plugin.reads_data(vp_stage) and self._context.tp_rank == 0
+        plugin_reads = self.plugin.reads_data(vp_stage) and self.context.tp_rank == 0
         if not (stand_in.is_dataset_built_on_rank(vp_stage) or plugin_reads):
             return None
         return self._microbatches()
 
-    plugin: Any = None
-
     def _microbatches(self) -> Iterator[dict[str, torch.Tensor]]:
-        context, size = self._context, self._size
+        context, size = self.context, self.micro_batch_size
         first, stride = context.dp_rank * size, context.dp_size * size
-        for start in range(first, len(self._samples.tokens), stride):
-            tokens, labels = (x[start : start + size] for x in (self._samples.tokens, self._samples.labels))
+        for start in range(first, len(self.samples.tokens), stride):
+            tokens, labels = (x[start : start + size] for x in (self.samples.tokens, self.samples.labels))
             yield {
                 "tokens": tokens,
                 "labels": labels,
@@ -158,79 +161,97 @@ def plugin_module() -> Any:
     return megatron_lm_plugin
 
 
+@dataclass(frozen=True)
+class Host:
+    """What pretrain_gpt.py brings: a model provider, and here the optimizer too, with this run's settings."""
+
+    config: Any
+    core_config: Any
+    context: Any
+    course: Course
+
+    def model_provider(
+        self, pre_process: bool, post_process: bool, vp_stage: int | None = None, **_: Any
+    ) -> Any:
+        tp_size = self.context.tp_size
+        model = build_gpt(
+            self.config,
+            self.core_config,
+            padded_vocab_size=padded_vocab_size(EOD + 1, PADDING, tp_size),
+            groups=self.context.groups,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            has_te_layers=False,
+        )
+        mask_padded_logits(model, EOD + 1, tp_rank=self.context.tp_rank)
+        return model
+
+    def setup_optimizer(self, model: list[Any]) -> tuple[Any, Any]:
+        student = Student(model, self.core_config)
+        optimizer = build_optimizer(self.config, student)
+        watch_steps(self.course, student, optimizer, self.context)
+        return optimizer, build_lr_scheduler(self.config, optimizer)
+
+    def arguments(self, start: int) -> dict[str, Any]:
+        """Return what Megatron-LM's get_args() gives."""
+        transformer, training = self.config.transformer, self.config.training
+        return {
+            "iteration": start,
+            "train_iters": ITERATIONS,
+            "global_batch_size": training.global_batch_size,
+            "micro_batch_size": training.micro_batch_size,
+            "seq_length": self.config.model.seq_length,
+            "num_layers": transformer.num_layers,
+            "fp16": transformer.fp16,
+            "bf16": transformer.bf16,
+            "params_dtype": self.core_config.params_dtype,
+            "log_interval": 1,
+            "reset_attention_mask": False,
+            "pipeline_model_parallel_size": transformer.pipeline_model_parallel_size,
+            "virtual_pipeline_model_parallel_size": transformer.virtual_pipeline_model_parallel_size,
+        }
+
+    def words(self) -> list[str]:
+        """Return LET's flags."""
+        let = self.config.let
+        return [
+            *("--let-teacher-load", str(let.let_teacher_load)),
+            *("--let-weight", str(let.let_weight), "--let-stop-iters", str(let.let_stop_iters)),
+            *("--let-student-layer", str(let.let_student_layer)),
+        ]
+
+
+@contextlib.contextmanager
+def microbatch_calculator(config: Any, context: Any) -> Iterator[None]:
+    """Set up what get_num_microbatches() asks."""
+    sizes = config.training.global_batch_size, config.training.micro_batch_size, context.dp_size
+    calculator.init_num_microbatches_calculator(context.rank, None, *sizes)
+    try:
+        yield
+    finally:
+        calculator.destroy_num_microbatches_calculator()
+
+
 def host_course(argv: Sequence[str], samples: Samples, *, start: int = 0) -> Course:
     """Run the stand-in's loop with the example plugin on this rank, on the same settings and samples."""
-    from megatron.core.num_microbatches_calculator import (
-        destroy_num_microbatches_calculator,
-        init_num_microbatches_calculator,
-    )
-
     config, course = settings_of(argv), Course()
-    transformer, training, let = config.transformer, config.training, config.let
     with parallel_context(config) as context, contextlib.redirect_stdout(io.StringIO()) as printed:
-        core_config = build_transformer_config(config, is_on_gpu=False)
-
-        def model_provider(
-            pre_process: bool, post_process: bool, vp_stage: int | None = None, config: Any = None, **_: Any
-        ) -> Any:
-            model = build_gpt(
-                settings_of(argv),
-                core_config,
-                padded_vocab_size=72 if transformer.tensor_model_parallel_size == 1 else 96,
-                groups=context.groups,
-                pre_process=pre_process,
-                post_process=post_process,
-                vp_stage=vp_stage,
-                has_te_layers=False,
-            )
-            mask_padded_logits(model, EOD + 1, tp_rank=context.tp_rank)
-            return model
-
-        def setup_optimizer(model: list[Any]) -> tuple[Any, Any]:
-            student = Student(model, core_config)
-            optimizer = build_optimizer(config, student)
-            watch_steps(course, student, optimizer, context)
-            return optimizer, build_lr_scheduler(config, optimizer)
-
+        host = Host(config, build_transformer_config(config, is_on_gpu=False), context, course)
         module = plugin_module()
         plugin = module.LetPlugin()
-        iterators = Iterators(samples, context, micro_batch_size=training.micro_batch_size)
-        iterators.plugin = plugin
-        init_num_microbatches_calculator(
-            context.rank, None, training.global_batch_size, training.micro_batch_size, context.dp_size
-        )
-        try:
+        with microbatch_calculator(config, context):
             model = stand_in.pretrain(
-                iterators,
-                plugin.model_provider(model_provider),
+                Iterators(samples, context, config.training.micro_batch_size, plugin),
+                plugin.model_provider(host.model_provider),
                 stand_in.MODEL_TYPE,
                 plugin.forward_step(stand_in.forward_step),
                 extra_args_provider=module.add_let_arguments,
-                args_defaults={
-                    "iteration": start,
-                    "train_iters": ITERATIONS,
-                    "global_batch_size": training.global_batch_size,
-                    "micro_batch_size": training.micro_batch_size,
-                    "seq_length": config.model.seq_length,
-                    "num_layers": transformer.num_layers,
-                    "fp16": transformer.fp16,
-                    "bf16": transformer.bf16,
-                    "params_dtype": core_config.params_dtype,
-                    "log_interval": 1,
-                    "reset_attention_mask": False,
-                    "pipeline_model_parallel_size": transformer.pipeline_model_parallel_size,
-                    "virtual_pipeline_model_parallel_size": transformer.virtual_pipeline_model_parallel_size,
-                },
-                words=[
-                    *("--let-teacher-load", str(let.let_teacher_load)),
-                    *("--let-weight", str(let.let_weight), "--let-stop-iters", str(let.let_stop_iters)),
-                    *("--let-student-layer", str(let.let_student_layer)),
-                ],
-                setup_optimizer=setup_optimizer,
+                args_defaults=host.arguments(start),
+                words=host.words(),
+                setup_optimizer=host.setup_optimizer,
             )
-        finally:
-            destroy_num_microbatches_calculator()
-        course.weights = whole_tensors(Student(model, core_config), context, lambda parameter: parameter.data)
+        course.weights = whole_tensors(Student(model, host.core_config), context, lambda weight: weight.data)
     course.numbers = [
         (float(loss), float(cosine), float(weight))
         for loss, cosine, weight in re.findall(
@@ -256,7 +277,7 @@ def base(token_files: Path, teacher: Path) -> dict[str, Any]:
         "--global-batch-size": GLOBAL_BATCH,
         "--train-iters": ITERATIONS,
         "--lr-decay-style": "constant",
-        "--make-vocab-size-divisible-by": 24,
+        "--make-vocab-size-divisible-by": PADDING,
         "--let-teacher-load": teacher,
         "--let-student-layer": 2,
         "--let-weight": 1.0,

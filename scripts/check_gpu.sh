@@ -12,5 +12,9 @@ if [ -z "$python" ]; then
         python="$root/.venv/bin/python"
     fi
 fi
+if ! command -v "$python" >/dev/null; then
+    echo "error: $python not found; set PYTHON to an interpreter that has torch and megatron-core" >&2
+    exit 2
+fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 exec "$python" "$root/tools/check_gpu.py" "$@"

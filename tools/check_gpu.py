@@ -152,7 +152,12 @@ def has_gpu() -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, unless there is no GPU."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
-    if arguments.device == "cuda" and not has_gpu():
+    try:
+        is_possible = arguments.device == "cpu" or has_gpu()
+    except ModuleNotFoundError as error:
+        print(f"{error}: nothing was checked; set PYTHON to an interpreter that has torch and megatron-core")
+        return 2
+    if not is_possible:
         print("no GPU is visible: nothing was checked (--device cpu --size tiny runs the parts on the CPU)")
         return 2
     with tempfile.TemporaryDirectory(prefix="check_gpu_") as directory:

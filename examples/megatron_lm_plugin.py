@@ -66,7 +66,8 @@ class LetPlugin:
 
         @wraps(forward_step)
         def step(data_iterator: Any, model: torch.nn.Module) -> Any:
-            if get_args().let_teacher_load is None or not model.training:
+            is_first = self._attached is None
+            if get_args().let_teacher_load is None or (is_first and not model.training):
                 return forward_step(data_iterator, model)
             if self._attached is None:
                 self._attached = self._attach()

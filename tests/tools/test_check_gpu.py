@@ -20,10 +20,11 @@ import check_gpu_parity
 import check_gpu_resume
 import pytest
 import torch
-from check_gpu_parity import gradient_errors, loss_error
+from check_gpu_parity import _stock_name, gradient_errors, loss_error
 from check_gpu_rows import FAILED, MEASURED, NOT_RUN, PASSED, Row, Rows, Setting, read_rows, table
 
 from megatron_let.testing.distributed import RankPool
+from megatron_let.testing.training import model_tensors
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,7 +78,7 @@ def rows_of(pool: RankPool, setting: Setting) -> Callable[..., list[Row]]:
     return run
 
 
-def test_parity_holds_and_names_what_is_missing(rows_of: Callable[..., list[Row]]) -> None:
+def test_parity_holds_and_names_what_is_missing(rows_of: Callable[..., list[Row]], setting: Setting) -> None:
     *held, missing = rows_of("parity")
     assert [row.result for row in held] == [PASSED] * 4
     assert (missing.result, missing.reason) == (NOT_RUN, "there is no GPU")
@@ -85,6 +86,18 @@ def test_parity_holds_and_names_what_is_missing(rows_of: Callable[..., list[Row]
     # the same device on both sides: not a bit differs in fp32, while bf16 shows its roundings
     assert fp32["worst"] == 0.0
     assert 1e-4 < bf16["overall"] == bf16["cpu_overall"] < 0.1
+    weights = model_tensors(Path(setting.directory, "start", "iter_0000000"))
+    assert [name for name, weight in weights.items() if not weight.equal(weight.bfloat16().float())] == []
+
+
+def test_names_of_transformer_engines_norms_are_those_of_the_stock_layers() -> None:
+    before = "decoder.layers.0."
+    assert (
+        _stock_name(f"{before}self_attention.linear_qkv.layer_norm_weight")
+        == f"{before}input_layernorm.weight"
+    )
+    assert _stock_name(f"{before}mlp.linear_fc1.layer_norm_weight") == f"{before}pre_mlp_layernorm.weight"
+    assert _stock_name(f"{before}mlp.linear_fc1.weight") == f"{before}mlp.linear_fc1.weight"
 
 
 def test_wrong_gradients_and_losses_are_failures(setting: Setting) -> None:

@@ -42,6 +42,8 @@ class Bench:
 
     is_bf16: bool
     directory: Path
+    more_flags: tuple[str, ...] = ()
+    """Of every run."""
 
     @property
     def precision(self) -> str:
@@ -56,6 +58,7 @@ class Bench:
         words = training_flags(shape, loop, world_size=world_size, num_steps=self.num_steps + 1)
         return [
             *words,
+            *self.more_flags,
             *("--data-path", str(self.directory / "tokens"), "--split", "100,0,0"),
             *("--save", str(self.directory / name)),
         ]

@@ -18,6 +18,8 @@ from benchmark_sides import StepTime, time_steps
 
 from megatron_let.config.derive import resolve
 from megatron_let.mcore.parallel import parallel_context
+from megatron_let.mcore.transformer_config import uses_transformer_engine
+from megatron_let.planning.flops import training_flops_per_token
 from megatron_let.training.arguments import parse_arguments
 from megatron_let.training.build import build_trainer
 from megatron_let.training.evaluation import evaluate
@@ -42,6 +44,25 @@ class OurRun:
         reset_peak_memory()
         self.steps(count)
         return read_peak_memory()
+
+    def layers(self) -> str:
+        """Return which layers the student has."""
+        run = self._trainer.run
+        is_te = uses_transformer_engine(run.config, is_on_gpu=run.context.is_on_gpu)
+        return "Transformer Engine" if is_te else "stock"
+
+    def flops_per_token(self) -> float:
+        """Return forward + backward FLOPs of one token of the student."""
+        run = self._trainer.run
+        (gpt,) = run.parts.student.gpt_chunks
+        return training_flops_per_token(run.config, gpt.vocab_size)
+
+    def teacher_weights(self) -> list[torch.Tensor]:
+        """Return the weights of the teacher, which the run still has."""
+        alignment = self._trainer.run.alignment
+        assert alignment is not None, "a run with LET"
+        assert alignment.teacher is not None, "before S_stop"
+        return list(alignment.teacher.parameters())
 
     def first_loss(self) -> float:
         """Return the mean loss over the first global batch, from the weights as they are."""
@@ -74,7 +95,7 @@ class OurRun:
 @contextmanager
 def our_run(argv: Sequence[str]) -> Iterator[OurRun]:
     """Build the trainer for a command line, as `pretrain_let.py` does."""
-    config = resolve(parse_arguments(list(argv)), int(os.environ["WORLD_SIZE"]))
+    config = resolve(parse_arguments(list(argv)), int(os.environ.get("WORLD_SIZE", "1")))
     with parallel_context(config) as context:
         yield OurRun(build_trainer(config, context, StopRequest()))
 

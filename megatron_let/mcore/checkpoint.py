@@ -34,7 +34,7 @@ from megatron_let.mcore.checkpoint_reader import (
     no_code_on_load,
 )
 from megatron_let.mcore.dcp_metadata import read_metadata
-from megatron_let.mcore.extra_state import check_extra_states
+from megatron_let.mcore.extra_state import check_extra_states, take_unsaved
 from megatron_let.mcore.model import Student
 from megatron_let.mcore.optimizer import load_optimizer, optimizer_state, prepare_to_load
 from megatron_let.mcore.parallel import ParallelContext
@@ -101,6 +101,9 @@ def load_content(directory: Path, parts: Parts, context: ParallelContext) -> Non
     wanted = sharded_parts(parts, context, metadata, is_loading=True)
     common = context.together(lambda: load_common(directory))
     stored = context.on_rank_0(lambda: read_metadata(directory))
+    chunks = parts.student.gpt_chunks
+    names = _model_keys(len(chunks))
+    unsaved = {name: take_unsaved(wanted[name], stored.state_dict_metadata) for name in names}
     strategy = FullyParallelLoadStrategyWrapper(load_strategy(), context.groups.dp_cp)
     try:
         with no_code_on_load(directory, stored, common) as common_strategy:
@@ -109,11 +112,9 @@ def load_content(directory: Path, parts: Parts, context: ParallelContext) -> Non
         raise first_failure(error, f"checkpoint {directory} does not fit this model") from error
     except (dist_checkpointing.mapping.CheckpointingException, ValueError, KeyError, RuntimeError) as error:
         raise ConfigError(f"checkpoint {directory} does not fit this model: {_first_line(error)}") from error
-    chunks = parts.student.gpt_chunks
-    names = _model_keys(len(chunks))
     context.together(lambda: check_extra_states([loaded[name] for name in names], directory))
     for name, chunk in zip(names, chunks, strict=True):
-        chunk.load_state_dict(loaded[name])
+        chunk.load_state_dict({**loaded[name], **unsaved[name]})
     if parts.optimizer is not None:
         load_optimizer(parts.optimizer, loaded["optimizer"])
     if parts.with_rng:

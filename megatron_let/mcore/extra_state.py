@@ -7,11 +7,12 @@ TransformerEngineBaseModule, and common/recipe, of Transformer Engine 2.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_let.mcore.safe_pickle import (
     GETATTR,
@@ -82,6 +83,23 @@ _NAMES: Mapping[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _Value,
     ("collections", "OrderedDict"): _Value,
 }
+
+
+def take_unsaved(chunk: dict[str, Any], stored: Collection[str]) -> dict[str, Any]:
+    """Take out of `chunk`, a model chunk's sharded state, the extra states that a checkpoint lacks; return their values.
+
+    Other layers have other ones: Transformer Engine's norms do, the stock ones do not. Their module keeps its own.
+
+    stored: names in the checkpoint, those of objects with their shard.
+    """
+    unsaved = [
+        name
+        for name, value in chunk.items()
+        if name.endswith("_extra_state")
+        and isinstance(value, ShardedObject)
+        and value.unique_key not in stored
+    ]
+    return {name: chunk.pop(name).data for name in unsaved}
 
 
 def check_extra_states(chunks: Sequence[Mapping[str, Any]], directory: Path) -> None:

@@ -28,7 +28,12 @@ from megatron_let.config.run_config import RunConfig
 from megatron_let.mcore import stock_layers
 from megatron_let.mcore.cpu_backend import cuda_calls_on
 from megatron_let.mcore.model import Student
-from megatron_let.mcore.parallel import ParallelContext, describe, model_parallel_groups, seed_everything
+from megatron_let.mcore.parallel import (
+    ParallelContext,
+    current_context,
+    model_parallel_groups,
+    seed_everything,
+)
 from megatron_let.mcore.stock_kernels import stock_kernels
 from megatron_let.mcore.stock_layers import SdpaCoreAttention
 
@@ -39,7 +44,7 @@ META = torch.device("meta")
 class MetaContext(ParallelContext):
     """A rank that is thought of; `for_gpu`: its layers and kernels are those of a GPU."""
 
-    for_gpu: bool
+    for_gpu: bool = True
 
     @property
     def is_on_gpu(self) -> bool:
@@ -122,7 +127,7 @@ def meta_rank(config: RunConfig, *, rank: int, world_size: int, is_on_gpu: bool)
         stack.callback(dist.destroy_process_group)
         stack.enter_context(model_parallel_groups(config))
         seed_everything(config)
-        described = describe(config, META)
+        described = current_context(META, vp_size=config.transformer.virtual_pipeline_model_parallel_size)
         values = {item.name: getattr(described, item.name) for item in dataclasses.fields(described)}
         yield MetaContext(**values, for_gpu=is_on_gpu)
 

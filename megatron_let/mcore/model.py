@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_let.config.run_config import RunConfig
+from megatron_let.errors import ConfigError
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.mcore.stock_layers import SdpaCoreAttention, StockNorm, stock_layer_spec
 from megatron_let.mcore.transformer_config import build_transformer_config, uses_transformer_engine
@@ -49,6 +50,34 @@ def unwrap(module: torch.nn.Module) -> GPTModel:
         module = module.module
     assert isinstance(module, GPTModel), f"expected a GPTModel, found {type(module).__name__}"
     return module
+
+
+def student_of(chunks: Sequence[torch.nn.Module]) -> Student:
+    """Return the model chunks of another program as a student.
+
+    Raises:
+        ConfigError: one of them is no GPTModel in Megatron's own wrappers.
+    """
+    if not chunks:
+        raise ConfigError("there is no model chunk on this rank")
+    configs = [gpt_of(chunk).config for chunk in chunks]
+    return Student(cast(list[DistributedDataParallel], list(chunks)), configs[0])
+
+
+def gpt_of(chunk: torch.nn.Module) -> GPTModel:
+    """Return the GPTModel inside a model chunk of another program.
+
+    Raises:
+        ConfigError: there is none, or it is in other wrappers than Megatron's own.
+    """
+    while isinstance(chunk, (DistributedDataParallel, Float16Module)):
+        chunk = chunk.module
+    if not isinstance(chunk, GPTModel):
+        raise ConfigError(
+            f"a model chunk is a {type(chunk).__name__}; LET knows megatron-core's GPTModel in its own "
+            "DistributedDataParallel"
+        )
+    return chunk
 
 
 @contextmanager

@@ -70,6 +70,18 @@ class ParallelContext:
         dist.all_reduce(tensor)
         return tensor
 
+    def sum_over_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` in place over the ranks of this pipeline stage, which alone call this."""
+        dist.all_reduce(tensor, group=self.groups.dp_cp)
+        dist.all_reduce(tensor, group=self.groups.tp)
+        return tensor
+
+    def from_first_tensor_rank(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Fill `tensor` with that of the first tensor-parallel rank; every rank of that group calls this."""
+        if self.tp_size > 1:
+            dist.broadcast(tensor, dist.get_global_rank(self.groups.tp, 0), group=self.groups.tp)
+        return tensor
+
     def any_rank(self, flag: bool) -> bool:
         """Return whether `flag` is set on at least one rank; every rank must call this."""
         vote = torch.tensor([int(flag)], device=self.device)
@@ -88,7 +100,8 @@ class ParallelContext:
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        dist.barrier()
+        # NCCL warns when it has to guess the device.
+        dist.barrier(device_ids=[self.device.index] if self.is_on_gpu else None)
 
     def raise_together(self, error: LetError | None) -> None:
         """Raise on every rank the first error that any rank brings; every rank must call this.
@@ -169,7 +182,7 @@ def parallel_context(config: RunConfig) -> Iterator[ParallelContext]:
         _require_same_settings(config)
         stack.enter_context(model_parallel_groups(config))
         seed_everything(config)
-        yield describe(config, device)
+        yield current_context(device, vp_size=config.transformer.virtual_pipeline_model_parallel_size)
 
 
 def seed_everything(config: RunConfig) -> None:
@@ -284,8 +297,8 @@ def model_parallel_groups(config: RunConfig) -> Iterator[None]:
         mpu.destroy_model_parallel()
 
 
-def describe(config: RunConfig, device: torch.device) -> ParallelContext:
-    """Return where this process stands in the groups that are laid out."""
+def current_context(device: torch.device, *, vp_size: int | None) -> ParallelContext:
+    """Return where this process stands in the model-parallel groups that megatron-core has laid out already."""
     return ParallelContext(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -297,7 +310,7 @@ def describe(config: RunConfig, device: torch.device) -> ParallelContext:
         cp_size=mpu.get_context_parallel_world_size(),
         dp_rank=mpu.get_data_parallel_rank(),
         dp_size=mpu.get_data_parallel_world_size(),
-        vp_size=config.transformer.virtual_pipeline_model_parallel_size,
+        vp_size=vp_size,
         device=device,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         local_rank=_local_rank(),

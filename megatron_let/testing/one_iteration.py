@@ -154,10 +154,17 @@ def _join(name: str, pieces: Sequence[_Piece], tp_size: int) -> torch.Tensor:
     return torch.cat([half[side] for side in (0, 1) for half in halves], first.split_dim)
 
 
-def write_spread_checkpoint(argv: Sequence[str], directory: Path, *, spread: float = 0.1) -> None:
+def write_spread_checkpoint(
+    argv: Sequence[str],
+    directory: Path,
+    *,
+    spread: float = 0.1,
+    rounded_to: torch.dtype = torch.float32,
+) -> None:
     """Save a fresh student, one process, with noise on every weight, as iteration 0 of `directory`.
 
-    Biases that start at 0 and norms that start at 1 show nothing when they are mixed up; after this they do.
+    Biases that start at 0 and norms that start at 1 show nothing when they are mixed up; after this they do. All weights
+    are values that `rounded_to` has.
     """
     words = [*argv, "--train-iters", "1", "--save", str(directory), "--no-save-optim"]
     config = resolve(parse_arguments(words), 1)
@@ -168,6 +175,7 @@ def write_spread_checkpoint(argv: Sequence[str], directory: Path, *, spread: flo
             for chunk in trainer.run.parts.student.gpt_chunks:
                 for parameter in chunk.parameters():
                     parameter.add_(torch.randn(parameter.shape, generator=random) * spread)
+                    parameter.copy_(parameter.to(rounded_to))
         assert trainer.run.saver is not None, "--save is given"
         trainer.run.saver.begin(trainer.state)
         trainer.run.saver.wait()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -16,13 +18,29 @@ from megatron_let.let import (
     add_alignment_gradient,
     segment_states,
 )
-from megatron_let.mcore.batch import Microbatch, context_parallel_slice, sequence_parallel_slice
+from megatron_let.mcore.batch import context_parallel_slice, sequence_parallel_slice
 from megatron_let.mcore.finite import Norms
 from megatron_let.mcore.layer_tap import LayerTap, find_layer
 from megatron_let.mcore.model import Student
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.training.let_record import LetRecord
 from megatron_let.training.teachers import load_teacher
+
+
+class AlignedRows(Protocol):
+    """What LET reads of a microbatch."""
+
+    @property
+    def full_tokens(self) -> torch.Tensor:
+        """[b, s] ids, what the teacher reads."""
+
+    @property
+    def loss_mask(self) -> torch.Tensor:
+        """[b, s/cp] this context-parallel rank's share: 1.0 where a token counts in the loss."""
+
+    @property
+    def document_starts(self) -> torch.Tensor | None:
+        """[b, s] True at the first token of a document, or None where documents see each other."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +89,16 @@ class Alignment:
         is_sequence_parallel: bool,
         calculate_per_token_loss: bool,
         is_watched: bool = False,
+        all_reduce_sum: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
-        """Put the tap on layer k, if it is here; `is_watched`: keep `norms` of what the teacher brings."""
+        """Put the tap on layer k, if it is here; `is_watched`: keep `norms` of what the teacher brings.
+
+        `all_reduce_sum` adds up what `collect` returns, by default over all ranks.
+        """
         self.objective = objective
         self.teacher = teacher
         self._context = context
+        self._all_reduce_sum = all_reduce_sum or context.all_reduce_sum
         self._is_sequence_parallel = is_sequence_parallel
         self._calculate_per_token_loss = calculate_per_token_loss
         self._width = student.core_config.hidden_size
@@ -115,7 +138,7 @@ class Alignment:
         """Leave the iteration just ended out of the numbers that `collect` returns."""
         self._sums = self._sums_before
 
-    def prepare(self, chunk: int, batch: Microbatch | None) -> None:
+    def prepare(self, chunk: int, batch: AlignedRows | None) -> None:
         """Run the teacher for the microbatch whose forward through model chunk `chunk` comes next.
 
         Does nothing on other chunks, in evaluation, and where the weight is zero.
@@ -127,7 +150,7 @@ class Alignment:
         states = segment_states(self.teacher, batch.full_tokens, batch.document_starts)  # [b, s, d_t]
         self._tap.push(self._target(batch, states))
 
-    def _target(self, batch: Microbatch, states: torch.Tensor) -> AlignmentTarget:
+    def _target(self, batch: AlignedRows, states: torch.Tensor) -> AlignmentTarget:
         context = self._context
         states = context_parallel_slice(states, dim=1, rank=context.cp_rank, size=context.cp_size)
         states, mask = states.transpose(0, 1), batch.loss_mask.transpose(0, 1)  # [s/cp, b, d_t], [s/cp, b]
@@ -160,7 +183,7 @@ class Alignment:
             self.norms.losses.add(sums.loss_sum.float())
 
     def collect(self) -> AlignmentReport | None:
-        """Return the numbers since the last call and start anew; every rank must call this.
+        """Return the numbers since the last call and start anew; every rank that is added up must call this.
 
         One all-reduce of 5 + 2 h numbers. Without sequence parallel all tensor-parallel ranks saw the same tokens,
         so only the first of them counts. None when no token was aligned.
@@ -168,7 +191,7 @@ class Alignment:
         counts = self._is_sequence_parallel or self._context.tp_rank == 0
         vector = (self._sums if counts else self._no_tokens()).to_vector()
         self._sums = self._no_tokens()
-        total = AlignmentSums.from_vector(self._context.all_reduce_sum(vector))
+        total = AlignmentSums.from_vector(self._all_reduce_sum(vector))
         if float(total.count) == 0.0:
             return None
         return AlignmentReport(float(total.loss()), float(total.cosine()), float(total.centred_cosine()))
@@ -188,6 +211,15 @@ class Alignment:
         return AlignmentSums.zeros(self._width, device=self._context.device)
 
 
+def load_apart(load: Callable[[], Teacher], device: torch.device) -> Teacher:
+    """Return what `load` gives, with the random states left as they were.
+
+    Building a model draws random numbers; the student's dropout must not depend on there being a teacher.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        return load()
+
+
 def build_alignment(
     config: RunConfig, context: ParallelContext, student: Student, record: LetRecord
 ) -> Alignment:
@@ -200,9 +232,7 @@ def build_alignment(
     def load() -> Teacher | None:
         if find_layer(student.gpt_chunks, record.student_layer) is None:
             return None
-        # Building a model draws random numbers; the student's dropout must not depend on there being a teacher.
-        with torch.random.fork_rng(devices=[context.device] if context.is_on_gpu else []):
-            return load_teacher(config, context)
+        return load_apart(lambda: load_teacher(config, context), context.device)
 
     teacher = context.together(load)
     return Alignment(

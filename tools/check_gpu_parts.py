@@ -1,0 +1,268 @@
+"""The parts of `tools/check_gpu.py`, one a process: `python tools/check_gpu_parts.py PART SETTING.json`.
+
+Device and shapes come from the setting; nothing else tells a GPU from a CPU, so that the tests run the same code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmark_ours import our_run
+from benchmark_shapes import SHAPES, BenchmarkShape, flop_floor
+from check_gpu_parity import parity
+from check_gpu_resume import resume
+from check_gpu_rows import Rows, Setting
+
+from megatron_let.optional import has_apex, has_fused_weight_gradient, has_transformer_engine
+from megatron_let.planning.flops import peak_flops
+
+WARM_UP, TIMED = 5, 10
+DEPTH = 8
+"""Layers of the 24 of the 1.4B recipe."""
+
+FP8_CAPABILITY = (8, 9)
+# Means of ten steps from the same weights and tokens, at a full learning rate from the first. FP8's e4m3 rounds to 2^-4,
+# which the sums over a matrix's width and over tokens bring down by far; what is left, ten steps of Adam amplify. A broken
+# scale shows as a loss that is off by tens of percent, or as NaN.
+FP8_LOSS = 5e-2
+# The paper's authors pay 8 % for a teacher whose floor is 3.2 %.
+FLOOR_TIMES = 2.5
+TEACHER_SHARE = 0.99
+"""Of the teacher's bytes that must come back: allocations are rounded up, so that more than all does."""
+
+
+def shape_of(setting: Setting) -> BenchmarkShape:
+    """Return the 1.4B recipe at full width and reduced depth, or the tiny one."""
+    shape = SHAPES["tiny" if setting.size == "tiny" else "1.4B"]
+    return (
+        shape if setting.size == "tiny" else replace(shape, student=replace(shape.student, num_layers=DEPTH))
+    )
+
+
+def bench_of(setting: Setting, name: str, *, repeats: int, steps: int) -> Any:
+    """Return the benchmark's settings for runs of this part, its tokens written."""
+    from benchmark_measure import WARM_UP_STEPS, Bench
+
+    directory = Path(setting.directory, name)
+    directory.mkdir()
+    bench = Bench(
+        shape=shape_of(setting),
+        repeats=repeats,
+        steps=steps,
+        num_threads=1,
+        num_steps=WARM_UP_STEPS + repeats * steps,
+        is_bf16=True,
+        directory=directory,
+        more_flags=fusion_flags(setting),
+    )
+    bench.write_tokens()
+    return bench
+
+
+def fusion_flags(setting: Setting) -> tuple[str, ...]:
+    """Return the flags that turn compiled kernels off where there is no C compiler, which Triton needs."""
+    has_compiler = "CC" in os.environ or any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+    return (
+        ("--no-bias-dropout-fusion", "--no-bias-swiglu-fusion")
+        if setting.is_on_gpu and not has_compiler
+        else ()
+    )
+
+
+def environment(setting: Setting, rows: Rows) -> None:
+    """Say what this machine has."""
+    import torch
+
+    found = {"Python": platform.python_version(), "torch": torch.__version__}
+    for name in ("megatron-core", "transformer-engine", "transformers", "triton"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    rows.measured("versions", ", ".join(f"{name} {version}" for name, version in found.items()))
+    if setting.is_on_gpu:
+        gpu = torch.cuda.get_device_properties(0)
+        nccl = ".".join(str(part) for part in torch.cuda.nccl.version())
+        rows.measured(
+            "device",
+            f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, capability {gpu.major}.{gpu.minor}, CUDA "
+            f"{torch.version.cuda}, NCCL {nccl}",
+        )
+    else:
+        rows.measured("device", f"CPU with {torch.backends.cpu.get_cpu_capability()}")
+    is_te = setting.is_on_gpu and has_transformer_engine()
+    rows.measured("layers that runs take by themselves", "Transformer Engine" if is_te else "stock")
+    optional = {"apex": has_apex(), "fused weight gradient": has_fused_weight_gradient()}
+    rows.measured(
+        "other kernels",
+        ", ".join(f"{name}: {'yes' if is_there else 'no'}" for name, is_there in optional.items()),
+    )
+    if fusion_flags(setting):
+        rows.not_run("compiled elementwise kernels", "no C compiler is installed, which Triton needs")
+
+
+def steps_bf16(setting: Setting, rows: Rows) -> None:
+    """Measure training steps in BF16."""
+    _steps(setting, rows, "bf16", [])
+
+
+def steps_fp8(setting: Setting, rows: Rows) -> None:
+    """Measure training steps in FP8, where there is Transformer Engine and a GPU for it."""
+    import torch
+
+    if not (setting.is_on_gpu and has_transformer_engine()):
+        rows.not_run(
+            "FP8 steps", "Transformer Engine is not installed" if setting.is_on_gpu else "there is no GPU"
+        )
+        return
+    if torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        rows.not_run("FP8 steps", f"{torch.cuda.get_device_name()} has no FP8")
+        return
+    _steps(setting, rows, "fp8", ["--fp8-format", "hybrid"])
+    reference = Path(setting.directory, "bf16 loss")
+    if not reference.exists():
+        rows.not_run("FP8 loss against BF16's", "the BF16 steps left none")
+        return
+    expected, actual = (
+        float(Path(setting.directory, f"{name} loss").read_text()) for name in ("bf16", "fp8")
+    )
+    error = abs(actual - expected) / expected
+    rows.held(
+        "FP8 loss against BF16's", f"{error:.1e}", f"{FP8_LOSS:.0e}", holds=error <= FP8_LOSS, error=error
+    )
+
+
+def _steps(setting: Setting, rows: Rows, name: str, flags: list[str]) -> None:
+    """Time steps of the plain recipe and say what they are worth."""
+    bench = bench_of(setting, name, repeats=2, steps=TIMED)
+    with our_run([*bench.flags("run"), *flags]) as run:
+        run.steps(WARM_UP)
+        peak = run.peak_memory(1)
+        seconds = statistics.median(step.wall for step in run.steps(TIMED))
+        losses, per_token = run.losses(), run.flops_per_token()
+        what = f"{name} step, {run.layers()} layers"
+    tokens = bench.shape.tokens_per_step / seconds
+    student = bench.shape.student
+    rows.measured(
+        f"{what}: speed",
+        f"{tokens:,.0f} tokens/s, {1e3 * seconds:.1f} ms a step of {bench.shape.tokens_per_step:,} tokens, "
+        f"{student.num_layers} x {student.hidden_size}",
+        tokens_per_second=tokens,
+        step_ms=1e3 * seconds,
+    )
+    rows.measured(f"{what}: work", *_work(setting, tokens * per_token), tflops=tokens * per_token / 1e12)
+    rows.measured(f"{what}: peak memory", f"{peak / 2**30:.2f} GiB", bytes=peak)
+    # Random tokens: a model that has learned nothing yet, and cannot, gives ln(vocabulary), and a little more at first.
+    limit = 1.5 * math.log(student.vocab_size)
+    holds = bool(losses) and all(math.isfinite(loss) and loss <= limit for loss in losses)
+    shown = ", ".join(f"{loss:.4f}" for loss in losses)
+    rows.held(f"{what}: mean loss", shown, f"{limit:.2f}", holds=holds)
+    if losses:
+        Path(setting.directory, f"{name} loss").write_text(repr(losses[0]))
+
+
+def _work(setting: Setting, flops: float) -> tuple[str]:
+    import torch
+
+    peak = peak_flops(torch.cuda.get_device_name()) if setting.is_on_gpu else None
+    share = "" if peak is None else f", {100 * flops / peak:.1f} % MFU of the BF16 peak of {peak / 1e12:,.0f}"
+    return (f"{flops / 1e12:.2f} TFLOP/s{share}",)
+
+
+def let(setting: Setting, rows: Rows) -> None:
+    """Measure the step with LET against the plain one, taking turns, and hold the difference against the floor."""
+    from benchmark_measure import measure_let
+
+    bench = bench_of(setting, "let", repeats=5, steps=4)
+    (measured,), _ = measure_let(bench, ["hf"])
+    ratio, floor = float(measured["LET over plain"] or 0.0), flop_floor(bench.shape)
+    overhead = ratio - 1.0
+    what = "LET's overhead a step"
+    shown = f"{100 * overhead:.1f} % ({measured['plain ms']} to {measured['LET ms']} ms), floor {100 * floor:.1f} %"
+    values = {"overhead": overhead, "floor": floor}
+    if not setting.is_on_gpu:  # steps of microseconds: only that it runs is of interest
+        rows.measured(what, shown, **values)
+        return
+    bound = FLOOR_TIMES * floor
+    rows.held(what, shown, f"{FLOOR_TIMES:g} x floor: {100 * bound:.1f} %", holds=overhead <= bound, **values)
+
+
+def release(setting: Setting, rows: Rows) -> None:
+    """See that S_stop gives the teacher's memory back."""
+    import weakref
+
+    from benchmark_inputs import write_hf_teacher
+
+    bench = bench_of(setting, "release", repeats=1, steps=1)
+    teacher_directory = bench.directory / "teacher"
+    write_hf_teacher(teacher_directory, bench.shape.teacher)
+    flags = ["--let-teacher-load", str(teacher_directory), "--let-stop-iters", "3"]
+    with our_run([*bench.flags("run"), *flags]) as run:
+        run.steps(2)
+        weights = run.teacher_weights()
+        size = sum(weight.nbytes for weight in weights)
+        references = [weakref.ref(weight) for weight in weights]
+        del weights
+        peak_before, allocated_before = run.peak_memory(1), _allocated(setting)
+        run.steps(1)  # the first after S_stop; the next is like all that follow
+        peak_after, allocated_after = run.peak_memory(1), _allocated(setting)
+    alive = sum(reference() is not None for reference in references)
+    rows.held(
+        "tensors of the teacher after S_stop",
+        f"{alive} of {len(references)}",
+        "0",
+        holds=not alive,
+        alive=alive,
+    )
+    if not setting.is_on_gpu:
+        return
+    bound = TEACHER_SHARE * size
+    for what, freed in (
+        ("memory given back at S_stop", allocated_before - allocated_after),
+        ("peak of a step, lower by", peak_before - peak_after),
+    ):
+        shown, least = f"{freed / 2**20:.1f} MiB", f"the teacher's {bound / 2**20:.1f} MiB"
+        rows.held(what, shown, least, holds=freed >= bound, freed=freed, teacher=size)
+
+
+def _allocated(setting: Setting) -> int:
+    """Return the bytes of CUDA tensors; 0 without a GPU."""
+    import torch
+
+    return torch.cuda.memory_allocated() if setting.is_on_gpu else 0
+
+
+PARTS: Mapping[str, Callable[[Setting, Rows], None]] = {
+    "environment": environment,
+    "parity": parity,
+    "steps-bf16": steps_bf16,
+    "steps-fp8": steps_fp8,
+    "let": let,
+    "release": release,
+    "resume": resume,
+}
+
+
+def main() -> int:
+    """Run one part."""
+    part, setting_file = sys.argv[1], Path(sys.argv[2])
+    setting = Setting(**json.loads(setting_file.read_text(encoding="utf-8")))
+    rows = Rows(part, Path(setting.directory, f"{part}.json"))
+    rows.guarded("the part", lambda: PARTS[part](setting, rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

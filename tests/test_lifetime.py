@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from tests.processes import is_running
+
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="only Linux's kernel promises it"
 )
@@ -35,15 +37,6 @@ time.sleep(100)
 """
 
 
-def runs(pid: int) -> bool:
-    """Return whether a program runs; a dead one that nobody has waited for does not."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.parametrize(
     ("words", "ends_with_parent"), [(["take"], True), ([], False), (["take", "thread"], False)]
 )
@@ -56,13 +49,13 @@ def test_a_forked_child_ends_with_a_killed_parent(words: list[str], ends_with_pa
         child = int(program.stdout.readline())
         try:
             time.sleep(0.3)
-            assert runs(child)
+            assert is_running(child)
             program.kill()
             program.wait()
             deadline = time.monotonic() + (10 if ends_with_parent else 0.5)
-            while runs(child) and time.monotonic() < deadline:
+            while is_running(child) and time.monotonic() < deadline:
                 time.sleep(0.05)
-            assert runs(child) == (not ends_with_parent)
+            assert is_running(child) == (not ends_with_parent)
         finally:
-            if runs(child):
+            if is_running(child):
                 os.kill(child, signal.SIGKILL)

@@ -5,8 +5,8 @@
 
 Each drill starts a tiny LET run through the launcher, lets one fault happen at a stated iteration and place (no clock has
 a part in it), and starts the same command again until it is done. It is passed when no start hung, the faulty one ended
-with the code that is documented, no process was left, no more was lost than a save that was not finished, and the final weights and
-optimizer state are bit for bit those of a run that nothing happened to.
+with the code that is documented, no process was left, at most one save interval was lost (two where saves are written in
+the background), and the final weights and optimizer state are bit for bit those of a run that nothing happened to.
 """
 
 from __future__ import annotations

@@ -91,6 +91,11 @@ def _somewhere(choose: random.Random) -> tuple[str, int]:
     return layout, choose.randrange(LAYOUTS[layout][0])
 
 
+def _unsaved(is_async: bool) -> int:
+    """Return the iterations that may be in no whole checkpoint: in the background a save may last until the next."""
+    return SAVE_INTERVAL * (2 if is_async else 1)
+
+
 def _during(
     kind: str,
     action: str,
@@ -104,8 +109,7 @@ def _during(
     """Return a drill in which something happens in the middle of an iteration, to a chosen rank unless one is given."""
     layout, chosen = _somewhere(choose)
     is_async = choose.random() < 0.5
-    # In the background a save may take until the next one begins, which waits for it.
-    unsaved = SAVE_INTERVAL * (2 if is_async else 1)
+    unsaved = _unsaved(is_async)
     moment = choose.randrange(unsaved + 1, TRAIN_ITERS - 1)
     fault = Fault(action, choose.choice(places), moment, chosen if rank is None else rank)
     return Drill(kind, layout, is_async, (ends,), fault, **{"max_lost": unsaved, **more})
@@ -132,15 +136,15 @@ def _kill_in_save(choose: random.Random) -> Drill:
         rank = 0  # which alone does the rest
     is_deletion = step == "in_deletion"
     iteration = SAVE_INTERVAL if is_deletion else choose.choice([8, 12])
+    is_async = choose.random() < 0.5
     return Drill(
         "kill in a save",
         layout,
-        choose.random() < 0.5,
+        is_async,
         (KILLED,),
         Fault("kill", step, iteration, rank),
         flags={"--save-keep-last": 2} if is_deletion else {},
-        # The interval before it, and what was trained while it was written in the background.
-        max_lost=2 * SAVE_INTERVAL,
+        max_lost=_unsaved(is_async),
     )
 
 
@@ -159,15 +163,16 @@ def _error(choose: random.Random) -> Drill:
 
 def _full_disk(choose: random.Random) -> Drill:
     layout, _ = _somewhere(choose)
+    is_async = choose.random() < 0.5
     return Drill(
         "full disk",
         layout,
-        choose.random() < 0.5,
+        is_async,
         (EXIT_CRASH,),
         Fault("fill", "before_data", choose.choice([8, 12]), 0),
         damage=_empty_disk,
         on_tmpfs=True,
-        max_lost=2 * SAVE_INTERVAL,
+        max_lost=_unsaved(is_async),
         says="No space left on device",
     )
 

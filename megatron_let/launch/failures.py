@@ -47,10 +47,10 @@ class Failure:
 def first_failure(failures: Sequence[Failure]) -> Failure:
     """Return the failure that brought the others about.
 
-    A worker that the launcher stopped before it had said anything comes last. A signal from elsewhere outranks all that was said: losing a
-    peer is an exception to the others, and no exception kills a peer. (SIGABRT is the exception to that: it is
-    how a communication watchdog leaves when a peer is gone.) Then a one-line error before a crash, which may be
-    its echo, and the earlier before the later.
+    A worker that the launcher stopped before it had said anything comes last. A signal from elsewhere outranks all
+    that was said: losing a peer is an exception to the others, and no exception kills a peer. (SIGABRT is the
+    exception to that: it is how a communication watchdog leaves when a peer is gone.) Then a one-line error before a
+    crash, which may be its echo, and the earlier before the later.
     """
     return min(failures, key=_order)
 

@@ -90,12 +90,12 @@ def reconcile(
         values["stop_iteration"] = saved["stop_iteration"]
     if completed_iterations >= saved["stop_iteration"]:
         values["teacher_identity"] = saved["teacher_identity"]
+    elif values["teacher_identity"] is None and saved["teacher_identity"] is not None:
+        raise ConfigError(
+            f"--let-teacher-load {let.let_teacher_load} holds no teacher, which the run needs until iteration "
+            f"{saved['stop_iteration']} (the checkpoint is of {completed_iterations}); give back its directory"
+        )
     for name, value in values.items():
-        if name == "teacher_identity" and value is None and saved[name] is not None:
-            raise ConfigError(
-                f"--let-teacher-load {let.let_teacher_load} holds no teacher, which the run needs until iteration "
-                f"{saved['stop_iteration']} (the checkpoint is of {completed_iterations}); give back its directory"
-            )
         if saved[name] != value:
             raise ConfigError(
                 f"LET setting {name.replace('_', ' ')} is {value} but the checkpoint was trained with {shown(saved[name])}; "

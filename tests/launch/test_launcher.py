@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_let.launch.launcher import main
+from tests.processes import is_running
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "program.py"
@@ -45,7 +46,7 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 
     yield start
     for note in tmp_path.glob("pid_*"):  # a failed test's, which would keep the streams open
-        if is_running(note.read_text()):
+        if is_running(int(note.read_text())):
             os.kill(int(note.read_text()), signal.SIGKILL)
     for program in started:
         program.kill()
@@ -68,15 +69,7 @@ def status_in(directory: Path) -> dict[str, Any]:
 
 def workers_run(directory: Path) -> bool:
     """Return whether a worker, or a child of one, is still there (one stopped at its start has left no id)."""
-    return any(is_running(note.read_text()) for note in directory.glob("pid_*"))
-
-
-def is_running(pid: str) -> bool:
-    """Return whether a program with this id runs; one that has ended and waits to be noticed does not."""
-    try:
-        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+    return any(is_running(int(note.read_text())) for note in directory.glob("pid_*"))
 
 
 def test_a_good_run_ends_with_0_and_says_only_what_its_workers_say(launch: Launch, tmp_path: Path) -> None:

@@ -99,13 +99,12 @@ class Faults:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def in_save(self, iteration: int) -> None:
-        """Fail, or take time, in the save that is not the first."""
-        if iteration < 3:
-            return
-        if self.fault == "save" and RANK == 1:
+        """Fail in the save that is not the first, or take time in each."""
+        if self.fault == "save" and RANK == 1 and iteration >= 3:
             raise RuntimeError("the tap dripped")
         if self.fault == "slow":
-            (self.notes / f"saving_{RANK}").touch()
+            if iteration >= 3:
+                (self.notes / f"saving_{RANK}").touch()
             time.sleep(8 if os.environ.get("SAVES_LONG") else 1)
 
     def leave_ids(self) -> None:

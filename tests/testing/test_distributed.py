@@ -15,6 +15,7 @@ import pytest
 
 from megatron_let.testing.distributed import RankError, RankPool, RankTimeoutError
 from megatron_let.testing.training import TINY_STUDENT, arguments, train
+from tests.processes import is_running
 
 
 def sum_of_ranks(scale: float) -> tuple[float, int, int]:
@@ -178,7 +179,7 @@ def test_a_dead_worker_is_a_failure_and_ends_the_pool(fragile: RankPool) -> None
     with pytest.raises(RankError, match="died with exit code 7"):
         fragile.run(2, die_on_rank, 1)
     assert fragile.pids() == []
-    assert not any(_is_running(pid) for pid in first)
+    assert not any(is_running(pid) for pid in first)
 
 
 def test_a_case_past_its_time_says_where_it_stood(fragile: RankPool) -> None:
@@ -220,17 +221,9 @@ def test_workers_do_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> None:
     )
     assert done.returncode == -9, done.stderr
     deadline = time.monotonic() + 5
-    while _is_running(int(done.stdout)) and time.monotonic() < deadline:
+    while is_running(int(done.stdout)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not _is_running(int(done.stdout))
-
-
-def _is_running(pid: int) -> bool:
-    """Return whether a program with this id runs (a dead one that nobody has waited for does not)."""
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[:1]
-    except FileNotFoundError:
-        return False
+    assert not is_running(int(done.stdout))
 
 
 def train_and_count_threads(argv: list[str]) -> int:

@@ -7,7 +7,7 @@
 #   TEACHER   Hugging Face directory of SmolLM-135M (width 576), OPT-125M or Pythia-160M (768)
 #   SAVE      checkpoints and metrics; on a disk that all nodes share. The same command resumes from it
 #
-# Several nodes, DRY_RUN=1 and more: scripts/recipe.sh. Under Slurm: scripts/slurm/pretrain_let.sbatch.
+# Several nodes, PLAN=1 (what it will cost), DRY_RUN=1 and more: scripts/recipe.sh. Under Slurm: scripts/slurm/pretrain_let.sbatch.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=recipe.sh
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"

@@ -10,7 +10,7 @@
 #   SAVE        checkpoints and metrics; on a disk that all nodes share. The same command resumes from it
 #   PRECISION   bf16 (default), or fp8 on Hopper and later: matrix products in FP8 by Transformer Engine, the rest in BF16
 #
-# DRY_RUN=1 and more: scripts/recipe.sh.
+# PLAN=1 (what it will cost), DRY_RUN=1 and more: scripts/recipe.sh.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=recipe.sh
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"

@@ -10,6 +10,8 @@
 #   LET             off: the same student without its teacher, to compare with (on)
 #   CACHE           directory for the sample indices, perhaps on each node's own disk (default: beside the data)
 #   DRY_RUN         1: print the command instead of running it
+#   PLAN            1: print what the run will cost, here and now: memory, time, the teacher's share. Without GPUs; of the
+#                   teacher config.json is enough (then add --vocab-size, as its tokenizer is not there to be asked)
 #   PYTHON          the interpreter (python)
 #   ENTRY           the program (pretrain_let.py)
 #
@@ -45,7 +47,9 @@ start() {
     NNODES="${NNODES:-1}" GPUS_PER_NODE="${GPUS_PER_NODE:-8}" LAUNCHER="${LAUNCHER:-torchrun}"
     one_of LAUNCHER torchrun srun
     local command=("${PYTHON:-python}")
-    if [ "$LAUNCHER" = torchrun ]; then
+    if [ "${PLAN:-0}" = 1 ]; then
+        set -- "$@" --dry-run --world-size "$((NNODES * GPUS_PER_NODE))"
+    elif [ "$LAUNCHER" = torchrun ]; then
         command+=(-m megatron_let.launch --nproc-per-node "$GPUS_PER_NODE") # torchrun, with the ranks' own exit codes
         if [ "$NNODES" != 1 ]; then
             need NODE_RANK "with NNODES=$NNODES each node needs its number, 0 to $((NNODES - 1))"

@@ -58,12 +58,22 @@ def build_transformer_config(config: RunConfig, *, is_on_gpu: bool) -> Transform
         use_cpu_initialization=values["use_cpu_initialization"] or not is_on_gpu,
     )
     values.update(_resolve_fusions(config, values, is_on_gpu=is_on_gpu))
+    if not values["perform_initialization"]:
+        # megatron-core marks a weight as a shard where it draws it; unmarked, the gradient norm counts one rank's shard alone.
+        values.update(
+            dict.fromkeys(("init_method", "output_layer_init_method", "embedding_init_method"), _leave)
+        )
+        values["perform_initialization"] = True
     if values["recompute_modules"] is not None:
         values["recompute_modules"] = list(values["recompute_modules"])
     try:
         return TransformerConfig(**values)
     except (AssertionError, ValueError) as error:
         raise ConfigError(f"megatron-core refuses these settings: {' '.join(str(error).split())}") from error
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 def _activation(config: RunConfig, *, is_on_gpu: bool) -> dict[str, Any]:

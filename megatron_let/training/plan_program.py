@@ -43,9 +43,6 @@ def planned_run(argv: Sequence[str], *, description: str | None) -> Iterator[str
     parser.add_argument(
         "--mfu", type=float, help="share of the GPU's peak that the run reaches (default: 0.4)"
     )
-    parser.add_argument(
-        "--measured", metavar="METRICS.JSONL", help="take the speed of this run instead of --mfu"
-    )
     parser.add_argument("--json", metavar="FILE", help="write the plan there too")
     own, words = parser.parse_known_args(argv)
     settings = PlanSettings(own.world_size, own.gpu, own.gpu_memory_gib, own.mfu)

@@ -221,6 +221,24 @@ def test_finetune_takes_the_weights_and_counts_from_zero(
     assert largest_difference(*weights) < 1e-9
 
 
+def test_weights_that_are_loaded_need_not_be_drawn(
+    base: dict[str, Any], pool: RankPool, tmp_path: Path
+) -> None:
+    world_size, layout = LAYOUTS["tp2-sp"]
+    first, drawn, loaded = (tmp_path / name for name in ("first", "drawn", "loaded"))
+    pool.run(
+        world_size, train, arguments(TINY_STUDENT, {**base, **layout, "--save": first, "--exit-interval": 1})
+    )
+    # clipped, so that a wrong norm would show in the weights
+    flags = {**base, **layout, "--load": first, "--clip-grad": 0.1}
+    pool.run(world_size, train, arguments(TINY_STUDENT, {**flags, "--save": drawn}))
+    pool.run(
+        world_size, train, arguments(TINY_STUDENT, {**flags, "--save": loaded, "--no-initialization": None})
+    )
+    assert numbers(loaded) == numbers(drawn)
+    assert_bitwise(loaded, drawn, 5)
+
+
 def test_no_load_optim_starts_the_optimizer_afresh(
     base: dict[str, Any], pool: RankPool, tmp_path: Path
 ) -> None:

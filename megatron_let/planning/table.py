@@ -65,7 +65,7 @@ def _teacher(teacher: TeacherPlan) -> Iterator[str]:
         f"{teacher.share_of_flops:.1%} of the student's work"
     )
     shares = ", ".join(f"{who} {ratio - 1:+.1%}" for who, ratio in teacher.slowdown.items())
-    yield f"  time of an iteration, by --let-share-teacher (here {teacher.share}): {shares}"
+    yield f"  time of an iteration, by who computes the teacher (--let-share-teacher, here {teacher.share}): {shares}"
 
 
 def _run(plan: RunPlan) -> Iterator[str]:

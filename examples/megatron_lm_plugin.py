@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.training import get_args
+from megatron.training import get_args, get_tokenizer
 
 from megatron_let.errors import ConfigError
 from megatron_let.let import (
@@ -97,6 +97,7 @@ class LetPlugin:
             ),
             load_teacher=_load_teacher,
             objective=AlignmentObjective(LetSchedule(args.let_weight, stop), _student_layer()),
+            num_ids=get_tokenizer().vocab_size,
             eod=args.let_eod if args.reset_attention_mask else None,
         )
 

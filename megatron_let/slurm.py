@@ -59,13 +59,14 @@ def adopt_slurm_ranks(environment: MutableMapping[str, str]) -> None:
 def is_slurm_rank(environment: Mapping[str, str]) -> bool:
     """Return whether srun started this as one of several tasks and no launcher stands between.
 
-    A task other than the first that knows of no step counts: its environment came through only in part.
+    One that is not told how many there are counts too, where what else it is told no batch script's shell has: its
+    environment came through only in part.
     """
     if {"RANK", "WORLD_SIZE"} & environment.keys():
         return False
     if SLURM_TASKS_VARIABLE in environment:
         return environment[SLURM_TASKS_VARIABLE] != "1"
-    return environment.get(_RANK, "0") != "0"
+    return environment.get(_RANK, "0") != "0" or bool({"SLURM_STEP_NUM_NODES", *_LISTS} & environment.keys())
 
 
 def first_host(hosts: str) -> str:

@@ -9,7 +9,8 @@
 # which ends the other ranks when one leaves and then tells of that signal (128 + n), the code is read from exit_status.json in
 # the --save directory. This script ends with the run's own code.
 #
-# SIGTERM, SIGUSR1, SIGINT and SIGHUP go to the run, which is then waited for and not started again.
+# SIGTERM, SIGUSR1, SIGINT and SIGHUP go to the run, which is then waited for and not started again. A run under srun gets SIGUSR1
+# for SIGTERM and SIGHUP, which srun does not hand on.
 #
 # Options, before the command:
 #   --max-restarts N           stop after N restarts in a row without a newer checkpoint (3)
@@ -75,10 +76,14 @@ left_code() {
         sed -n 's/.*"exit_code": *\([0-9][0-9]*\).*/\1/p' "$directory/exit_status.json" 2>/dev/null || true
 }
 
-child="" signalled=""
+program="${1##*/}" child="" signalled=""
 pass_on() {
+    local passed="$1"
     signalled="$1"
-    if [ -n "$child" ]; then kill -s "$1" "$child" 2>/dev/null || true; fi
+    case "$program $1" in
+        "srun TERM" | "srun HUP") passed=USR1 ;; # at those srun kills its tasks, at once; USR1 it hands to them
+    esac
+    if [ -n "$child" ]; then kill -s "$passed" "$child" 2>/dev/null || true; fi
 }
 for name in TERM INT USR1 HUP; do
     # shellcheck disable=SC2064

@@ -110,9 +110,10 @@ def test_array_members_and_steps_of_a_job_meet_at_ports_of_their_own() -> None:
     assert len(ports) == 32
 
 
+@pytest.mark.parametrize("task", ["3", "0"])
 @pytest.mark.parametrize("missing", [name for name in TASK if TASK[name] != BATCH_SHELL.get(name)])
-def test_half_of_sruns_variables_are_refused_by_name(missing: str) -> None:
-    half = {name: value for name, value in TASK.items() if name != missing}
+def test_half_of_sruns_variables_are_refused_by_name(missing: str, task: str) -> None:
+    half = {name: value for name, value in {**TASK, "SLURM_PROCID": task}.items() if name != missing}
     with pytest.raises(ConfigError, match=f"only in part \\({missing} missing\\); let the tasks keep all"):
         adopt_slurm_ranks(half)
 

@@ -6,6 +6,9 @@ Hugging Face's models. Errors of a gradient are 2-norms of the difference over 2
 
 * fp32, TF32 off: the same sums in another order. A thousand roundings of 6e-8 are 6e-5, and what is wrong (a mask, a
   scale, a layout) is 1e-2 and more: bounds of 1e-5 for losses and 1e-4 for gradients.
+* FP8 (e4m3 forward, e5m2 gradients, scaled by the largest value of each tensor, so that a first iteration has a scale): a
+  product's terms are off by 2^-4 to 2^-3, and so is its sum when they cancel; some ten products lie between the loss and
+  the first layer. 0.35 of all gradients together lies above that, and below the 0.7 and more of a product that is lost.
 * bf16: the two sides round at the same places to 2^-9, but other values. So the error against fp32 is held against
   that of the CPU in bf16: at most twice as large, for a kernel may round once more or once less in a layer. Losses are
   means over thousands of tokens: 2e-3, a rounding of 2^-9.
@@ -19,7 +22,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +31,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark_inputs import write_hf_teacher, write_random_tokens
 from benchmark_reference import GptShape
-from check_gpu_rows import Rows, Setting, last_words
+from check_gpu_rows import Rows, Setting, fusion_flags, last_words
 
 from megatron_let.optional import has_transformer_engine
 from megatron_let.testing.training import TINY_STUDENT, arguments
 
 FP32_LOSS, FP32_GRADIENT = 1e-5, 1e-4
 BF16_LOSS, BF16_OVER_CPU = 2e-3, 2.0
+FP8_LOSS, FP8_GRADIENT = 2e-2, 0.35
+FP8_CAPABILITY = (8, 9)
 SIDE_SECONDS = 100
 SPREAD = 0.02
 
@@ -56,6 +62,25 @@ _TE_NAMES = {
 }
 
 
+PRECISIONS: Mapping[str, Mapping[str, Any]] = {
+    "fp32": {},
+    "bf16": {"--bf16": None},
+    "fp8": {"--bf16": None, "--fp8-format": "hybrid", "--fp8-recipe": "tensorwise"},
+}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One program of the comparison."""
+
+    name: str
+    layers: str
+    precisions: tuple[str, ...]
+
+
+REFERENCE = Side("CPU stock", "auto", ("fp32", "bf16"))
+
+
 def student_flags(setting: Setting, **changes: Any) -> list[str]:
     """Return the command line of a small LET run; its files are written by `write_inputs`."""
     directory = Path(setting.directory)
@@ -68,6 +93,7 @@ def student_flags(setting: Setting, **changes: Any) -> list[str]:
         "--let-weight": 1.0,
         "--let-stop-iters": 1,
         **(FULL if setting.size == "full" else {}),
+        **dict.fromkeys(fusion_flags(setting)),
     }
     return arguments(TINY_STUDENT, {**flags, **changes})
 
@@ -87,28 +113,41 @@ def write_inputs(setting: Setting) -> None:
 def parity(setting: Setting, rows: Rows) -> None:
     """Run the sides and compare each with the CPU."""
     write_inputs(setting)
-    sides = {"CPU stock": "auto", "GPU stock": "local", "GPU Transformer Engine": "transformer_engine"}
-    if not (setting.is_on_gpu and has_transformer_engine()):
-        del sides["GPU Transformer Engine"]
-    for name, layers in sides.items():
-        rows.guarded(name, lambda name=name, layers=layers: _run_side(setting, name, layers))  # type: ignore[misc]
-    if not _results(setting, "CPU stock"):
-        return
-    for name in list(sides)[1:]:
-        if _results(setting, name):
-            rows.guarded(name, lambda name=name: _compare(setting, name, rows))  # type: ignore[misc]
-    if "GPU Transformer Engine" not in sides:
+    has_te, no_fp8 = setting.is_on_gpu and has_transformer_engine(), why_no_fp8(setting)
+    sides = [REFERENCE, Side("GPU stock", "local", ("fp32", "bf16"))]
+    if has_te:
+        precisions = ("fp32", "bf16") if no_fp8 is not None else ("fp32", "bf16", "fp8")
+        sides.append(Side("GPU Transformer Engine", "transformer_engine", precisions))
+    for side in sides:
+        rows.guarded(side.name, partial(_run_side, setting, side))
+    for side in sides[1:]:
+        if all(_result_file(setting, one, "bf16").exists() for one in (REFERENCE, side)):
+            rows.guarded(side.name, partial(_compare, setting, side, rows))
+    if not has_te:
         why = "Transformer Engine is not installed" if setting.is_on_gpu else "there is no GPU"
         rows.not_run("GPU Transformer Engine against CPU stock", why)
+    elif no_fp8 is not None:
+        rows.not_run("FP8 against CPU fp32", no_fp8)
 
 
-def _run_side(setting: Setting, name: str, layers: str) -> None:
+def why_no_fp8(setting: Setting) -> str | None:
+    """Return why nothing can be computed in FP8 here, None where it can."""
+    import torch
+
+    if not (setting.is_on_gpu and has_transformer_engine()):
+        return "Transformer Engine is not installed" if setting.is_on_gpu else "there is no GPU"
+    if torch.cuda.get_device_capability() < FP8_CAPABILITY:
+        return f"{torch.cuda.get_device_name()} has no FP8"
+    return None
+
+
+def _run_side(setting: Setting, side: Side) -> None:
     """Run one side in a process of its own; raises RuntimeError when it fails."""
     environment = {**os.environ, "NVIDIA_TF32_OVERRIDE": "0"}
-    if name.startswith("CPU"):
+    if side is REFERENCE:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    log = Path(setting.directory, f"side {name}.log")
-    words = [sys.executable, __file__, name, layers, json.dumps(asdict(setting))]
+    log = Path(setting.directory, f"side {side.name}.log")
+    words = [sys.executable, __file__, json.dumps(asdict(side)), json.dumps(asdict(setting))]
     with log.open("w") as output:
         status = subprocess.run(
             words, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=SIDE_SECONDS, check=False
@@ -117,24 +156,23 @@ def _run_side(setting: Setting, name: str, layers: str) -> None:
         raise RuntimeError(f"exit code {status}: {last_words(log)}")
 
 
-def run_side(name: str, layers: str, setting: Setting) -> None:
-    """Be one side: an iteration in fp32 and one in bf16, from the checkpoint that the CPU's side writes first."""
+def run_side(setting: Setting, side: Side) -> None:
+    """Be one side: an iteration in each precision, from the checkpoint that the CPU's side writes first."""
     import torch
 
     from megatron_let.testing.one_iteration import run_one_iteration, write_spread_checkpoint
 
     start = Path(setting.directory, "start")
-    if name == "CPU stock":
+    if side.name == REFERENCE.name:
         plain = student_flags(setting, **dict.fromkeys(_let_flags(setting), False))
         write_spread_checkpoint(plain, start, spread=SPREAD, rounded_to=torch.bfloat16)
-    flags: dict[str, Any] = {"--load": start, "--finetune": None, "--transformer-impl": layers}
-    for precision in ("fp32", "bf16"):
-        half = {} if precision == "fp32" else {"--bf16": None}
-        iteration = run_one_iteration(student_flags(setting, **flags, **half))
+    flags: dict[str, Any] = {"--load": start, "--finetune": None, "--transformer-impl": side.layers}
+    for precision in side.precisions:
+        iteration = run_one_iteration(student_flags(setting, **flags, **PRECISIONS[precision]))
         assert iteration.row is not None, "rank 0 logs"
         gradients = {_stock_name(key): value.cpu() for key, value in iteration.gradients.items()}
         result = {"lm": iteration.row.lm_loss, "let": iteration.row.let_loss, "gradients": gradients}
-        torch.save(result, _result_file(setting, name, precision))
+        torch.save(result, _result_file(setting, side, precision))
 
 
 def _let_flags(setting: Setting) -> list[str]:
@@ -148,54 +186,52 @@ def _stock_name(name: str) -> str:
     return name
 
 
-def _result_file(setting: Setting, name: str, precision: str) -> Path:
-    return Path(setting.directory, f"side {name} {precision}.pt")
+def _result_file(setting: Setting, side: Side, precision: str) -> Path:
+    return Path(setting.directory, f"side {side.name} {precision}.pt")
 
 
-def _results(setting: Setting, name: str) -> dict[str, dict[str, Any]]:
-    """Return what a side has left, by precision; empty when it failed."""
+def _compare(setting: Setting, side: Side, rows: Rows) -> None:
+    """Add the rows of one side against the CPU."""
     import torch
 
-    paths = {precision: _result_file(setting, name, precision) for precision in ("fp32", "bf16")}
-    if not all(path.exists() for path in paths.values()):
-        return {}
-    return {precision: torch.load(path, weights_only=True) for precision, path in paths.items()}
+    def load(of: Side, precision: str) -> dict[str, Any]:
+        found: dict[str, Any] = torch.load(_result_file(setting, of, precision), weights_only=True)
+        return found
 
-
-def _compare(setting: Setting, name: str, rows: Rows) -> None:
-    """Add the rows of one side against the CPU."""
-    cpu, side = _results(setting, "CPU stock"), _results(setting, name)
-    reference = cpu["fp32"]
-    for precision, bound in (("fp32", FP32_LOSS), ("bf16", BF16_LOSS)):
-        errors = {key: loss_error(side[precision][key], reference[key]) for key in ("lm", "let")}
+    name, reference = side.name, load(REFERENCE, "fp32")
+    cpu_worst, _, cpu_overall = gradient_errors(load(REFERENCE, "bf16")["gradients"], reference["gradients"])
+    bounds = {
+        "fp32": (FP32_LOSS, FP32_GRADIENT, FP32_GRADIENT, f"{FP32_GRADIENT:.0e}"),
+        "bf16": (
+            BF16_LOSS,
+            BF16_OVER_CPU * cpu_overall,
+            BF16_OVER_CPU * cpu_worst,
+            f"{BF16_OVER_CPU:g} x CPU bf16's: {BF16_OVER_CPU * cpu_overall:.1e}, {BF16_OVER_CPU * cpu_worst:.1e}",
+        ),
+        "fp8": (FP8_LOSS, FP8_GRADIENT, math.inf, f"{FP8_GRADIENT:g} all together"),
+    }
+    for precision in side.precisions:
+        result = load(side, precision)
+        loss_bound, overall_bound, worst_bound, shown = bounds[precision]
+        errors = {key: loss_error(result[key], reference[key]) for key in ("lm", "let")}
         rows.held(
             f"{name}, {precision}: losses against CPU fp32",
             ", ".join(f"{key} {error:.1e}" for key, error in errors.items()),
-            f"{bound:.0e}",
-            holds=all(error <= bound for error in errors.values()),
+            f"{loss_bound:.0e}",
+            holds=all(error <= loss_bound for error in errors.values()),
             **errors,
         )
-    worst, where, overall = gradient_errors(side["fp32"]["gradients"], reference["gradients"])
-    rows.held(
-        f"{name}, fp32: gradients against CPU fp32",
-        f"all {overall:.1e}, worst {worst:.1e} ({where})",
-        f"{FP32_GRADIENT:.0e}",
-        holds=worst <= FP32_GRADIENT,
-        overall=overall,
-        worst=worst,
-    )
-    expected, _, expected_overall = gradient_errors(cpu["bf16"]["gradients"], reference["gradients"])
-    worst, where, overall = gradient_errors(side["bf16"]["gradients"], reference["gradients"])
-    rows.held(
-        f"{name}, bf16: gradients against CPU fp32",
-        f"all {overall:.1e}, worst {worst:.1e} ({where})",
-        f"{BF16_OVER_CPU:g} x CPU bf16's: {BF16_OVER_CPU * expected_overall:.1e}, {BF16_OVER_CPU * expected:.1e}",
-        holds=worst <= BF16_OVER_CPU * expected and overall <= BF16_OVER_CPU * expected_overall,
-        overall=overall,
-        worst=worst,
-        cpu_overall=expected_overall,
-        cpu_worst=expected,
-    )
+        worst, where, overall = gradient_errors(result["gradients"], reference["gradients"])
+        rows.held(
+            f"{name}, {precision}: gradients against CPU fp32",
+            f"all {overall:.1e}, worst {worst:.1e} ({where})",
+            shown,
+            holds=overall <= overall_bound and worst <= worst_bound,
+            overall=overall,
+            worst=worst,
+            cpu_overall=cpu_overall,
+            cpu_worst=cpu_worst,
+        )
 
 
 def loss_error(actual: float, expected: float) -> float:
@@ -227,4 +263,7 @@ def gradient_errors(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> t
 
 
 if __name__ == "__main__":
-    run_side(sys.argv[1], sys.argv[2], replace(Setting(**json.loads(sys.argv[3]))))
+    words = json.loads(sys.argv[1])
+    run_side(
+        Setting(**json.loads(sys.argv[2])), Side(words["name"], words["layers"], tuple(words["precisions"]))
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +30,13 @@ class Setting:
     def is_on_gpu(self) -> bool:
         """Return whether the parts run on a GPU."""
         return self.device == "cuda"
+
+
+def fusion_flags(setting: Setting) -> tuple[str, ...]:
+    """Return the flags that turn compiled kernels off where there is no C compiler, which Triton needs."""
+    has_compiler = "CC" in os.environ or any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+    is_without = setting.is_on_gpu and not has_compiler
+    return ("--no-bias-dropout-fusion", "--no-bias-swiglu-fusion") if is_without else ()
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from megatron_let.mcore.layer_tap import find_layer
 from megatron_let.mcore.model import Student, gpt_of, student_of
 from megatron_let.mcore.parallel import ParallelContext, current_context
 from megatron_let.training.alignment import Alignment, AlignmentReport, load_apart
+from megatron_let.training.teachers import require_ids
 
 Output = TypeVar("Output")
 Sample = Mapping[str, Tensor]
@@ -194,6 +195,7 @@ def attach_let(
     *,
     load_teacher: Callable[[torch.device], Teacher],
     objective: AlignmentObjective,
+    num_ids: int,
     eod: int | None = None,
 ) -> AttachedLet:
     """Put LET on layer k of a model that megatron-core's pipeline schedules train; every rank calls this.
@@ -206,10 +208,12 @@ def attach_let(
         load_teacher: loads the frozen teacher onto a device. Called on the ranks that hold layer k, unless S_stop
             has passed.
         objective: layer k, the weight and S_stop.
+        num_ids: token ids of the tokenizer that made the data, which must be the teacher's.
         eod: id of the end of document where the student sees documents apart (`--reset-attention-mask`), else None.
 
     Raises:
-        ConfigError: no GPT, context parallel, or a layer that the model does not have; what `load_teacher` raises.
+        ConfigError: no GPT, context parallel, a layer that the model does not have, or a teacher that knows fewer
+            ids; what `load_teacher` raises.
     """
     student = student_of(model)
     core = student.core_config
@@ -227,11 +231,13 @@ def attach_let(
     alignment = None
     is_here = find_layer(student.gpt_chunks, objective.student_layer) is not None
     if is_here and objective.schedule.is_active_at(loop.iteration()):
+        teacher = load_apart(lambda: load_teacher(context.device), context.device)
+        require_ids(num_ids, teacher.vocab_size, f"teacher {teacher.description}")
         alignment = Alignment(
             objective,
             student,
             context,
-            load_apart(lambda: load_teacher(context.device), context.device),
+            teacher,
             is_sequence_parallel=core.sequence_parallel,
             calculate_per_token_loss=core.calculate_per_token_loss,
             all_reduce_sum=context.sum_over_stage,

@@ -80,9 +80,18 @@ def check_teacher(config: RunConfig, *, num_ids: int) -> None:
         directory, run = check_megatron_teacher(path, layer=let.let_teacher_layer)
         check_objects(directory)
         vocab_size = int(run["vocab_size"])
+    require_ids(num_ids, vocab_size, f"teacher {path}")
+
+
+def require_ids(num_ids: int, vocab_size: int, teacher: str) -> None:
+    """Refuse a teacher that knows fewer than the student's `num_ids` token ids.
+
+    Raises:
+        ConfigError: it does.
+    """
     if num_ids > vocab_size:
         raise ConfigError(
-            f"the student's token ids reach {num_ids - 1} but teacher {path} knows ids up to {vocab_size - 1}; student "
+            f"the student's token ids reach {num_ids - 1} but {teacher} knows ids up to {vocab_size - 1}; student "
             "and teacher must use the same tokenizer"
         )
 

@@ -35,9 +35,10 @@ if [ "$wanted" -gt 0 ] || command -v nvidia-smi >/dev/null; then
     query=index,ecc.errors.uncorrected.volatile.total,retired_pages.pending,remapped_rows.pending
     answer="$(timeout --kill-after=5 60 nvidia-smi --query-gpu="$query" --format=csv,noheader 2>&1)" ||
         unfit "nvidia-smi does not answer: $(head -n 1 <<<"$answer")"
-    found="$(wc -l <<<"$answer")"
+    found="$(grep -cE '^[0-9]+,' <<<"$answer" || true)" # beside them it may print warnings
     [ "$found" -ge "$wanted" ] || unfit "$found GPUs answer of the $wanted that Slurm gave"
     while IFS=', ' read -r gpu errors pages rows; do
+        [[ "$gpu" =~ ^[0-9]+$ ]] || continue
         [[ "$errors" =~ ^[0-9]+$ && "$errors" -gt 0 ]] && unfit "GPU $gpu has $errors uncorrected memory errors"
         [[ "$pages $rows" == *Yes* ]] && unfit "GPU $gpu waits for a reset (pages or rows of its memory are to be replaced)"
     done <<<"$answer"

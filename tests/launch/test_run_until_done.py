@@ -151,6 +151,25 @@ def test_a_signal_goes_to_the_run_which_is_waited_for_and_not_started_again(
     assert num_starts(tmp_path) == 1
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_srun_gets_the_one_signal_that_it_hands_to_its_tasks(name: str, tmp_path: Path) -> None:
+    ready, srun = tmp_path / "ready", tmp_path / "srun"
+    srun.write_text(
+        f"#!/usr/bin/env bash\ntrap 'kill -9 $$' TERM HUP\ntrap 'exit 3' USR1\ntouch '{ready}'\n"
+        "for ((i = 0; i < 1200; i++)); do sleep 0.05; done\n"
+    )
+    srun.chmod(0o755)
+    program = subprocess.Popen(
+        ["bash", str(SCRIPT), str(srun), "--save", str(tmp_path)], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_for(ready.exists)
+        program.send_signal(getattr(signal, name))
+        assert ended(program) == (3, f"run_until_done: exit code 3 after {name}: not started again")
+    finally:
+        program.kill()
+
+
 def test_a_signal_is_followed_by_a_start_when_that_is_asked_for(start: Start, tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     waits = f"trap 'exit 3' TERM; touch '{ready}'; while :; do sleep 0.05; done"

@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "slurm" / "pretrain_let.sbatch"
 LIMIT = 30
 
-# The node check prints what UNFIT says, a run does what RUN says.
+# The node check prints what UNFIT says, a run does what RUN says. As the real one it kills its tasks at SIGTERM.
 SRUN = """#!/usr/bin/env bash
+trap 'kill -9 $$' TERM HUP
 echo "$*" >>"$NOTES/srun"
 case "$*" in
     *check_node.sh*) printf '%s' "$UNFIT" && eval "$CHECK" ;;
@@ -123,7 +124,7 @@ def test_what_would_end_again_the_same_does_not_go_back(code: int, start: Start,
 
 
 def test_sigterm_saves_and_ends_for_good(start: Start, tmp_path: Path) -> None:
-    code, err = signalled(start(RUN=f"trap 'exit 3' TERM; {WAIT}"), tmp_path, signal.SIGTERM)
+    code, err = signalled(start(RUN=f"trap 'exit 3' USR1; {WAIT}"), tmp_path, signal.SIGTERM)
     assert (code, asked(tmp_path)) == (3, [])
     assert err.endswith("pretrain_let.sbatch: ends with code 3\n")
 

@@ -37,6 +37,12 @@ NODES = {
     "without ECC": ('for gpu in 0 1; do echo "$gpu, [N/A], [N/A], [N/A]"; done', "2", None),
     "no GPUs wanted, some there": (WELL, "", None),
     "a GPU is gone": ("echo 0, 0, No, No", "2", "1 GPUs answer of the 2 that Slurm gave"),
+    "a warning is no GPU": (
+        "echo 0, 0, No, No; echo 'WARNING: infoROM is corrupted at gpu 0000:3B:00.0'",
+        "2",
+        "1 GPUs answer of the 2 that Slurm gave",
+    ),
+    "all well, with a warning": (f"echo 'WARNING: infoROM is corrupted'; {WELL}", "2", None),
     "memory errors": ("echo 0, 0, No, No; echo 1, 3, No, No", "2", "GPU 1 has 3 uncorrected memory errors"),
     "page to retire": ("echo 0, 0, Yes, No", "1", "GPU 0 waits for a reset"),
     "row to remap": ("echo 0, 0, [N/A], Yes", "1", "GPU 0 waits for a reset"),

@@ -67,6 +67,26 @@ def test_a_run_cut_by_its_time_limit_ends_as_an_uncut_one(
     assert_bitwise(cut, uncut, 20)
 
 
+def test_a_run_that_is_told_to_end_saves_and_does_not_come_back(cluster: Cluster, tmp_path: Path) -> None:
+    save, log = tmp_path / "run", tmp_path / "job.log"
+    job = cluster.submit(
+        *ON_THIS_MACHINE,
+        *("--time=10", f"--output={log}", BATCH_SCRIPT, RECIPE),
+        SAVE=str(save),
+        NOTES=str(tmp_path),
+        ENTRY=str(Path(__file__).with_name("waiting_program.py")),
+    )
+    wait_for(lambda: all((tmp_path / f"waits_{rank}").exists() for rank in (0, 1)), LIMIT)
+    cluster.run("scancel", "--batch", "--signal=TERM", job)
+    wait_for(lambda: cluster.is_over(job), LIMIT)
+    printed = log.read_text()
+    end = cluster.job(job)
+    assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "3:0", "0"), printed
+    assert [(tmp_path / f"heard_{rank}").read_text() for rank in (0, 1)] == ["SIGUSR1"] * 2
+    assert read_tracker(save) == 4
+    assert json.loads((save / "exit_status.json").read_text())["reason"] == "preempted"
+
+
 def flags_of_recipe(**variables: str) -> list[str]:
     """Return the flags with which the recipe starts the training program."""
     environment = {"PATH": os.environ["PATH"], "LAUNCHER": "srun", "DRY_RUN": "1", **variables}

@@ -23,8 +23,11 @@ import torch
 from check_gpu_parity import _stock_name, gradient_errors, loss_error
 from check_gpu_rows import FAILED, MEASURED, NOT_RUN, PASSED, Row, Rows, Setting, read_rows, table
 
+from megatron_let.config.derive import resolve
 from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.training import model_tensors
+from megatron_let.training.arguments import parse_arguments
+from megatron_let.training.plan import ANYWHERE
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,12 +50,9 @@ def run_here(part: str, setting: Setting, changes_of_second: list[str]) -> list[
         assert train(flags) == 0
         return 0.0
 
-    def side_here(setting: Setting, name: str, layers: str) -> None:
-        check_gpu_parity.run_side(name, layers, setting)
-
     rows = Path(setting.directory, f"{part}.json")
     with (
-        patch.object(check_gpu_parity, "_run_side", side_here),
+        patch.object(check_gpu_parity, "_run_side", check_gpu_parity.run_side),
         patch.object(check_gpu_resume, "_train", train_here),
     ):
         rows_of_part = Rows(part, rows)
@@ -82,12 +82,27 @@ def test_parity_holds_and_names_what_is_missing(rows_of: Callable[..., list[Row]
     *held, missing = rows_of("parity")
     assert [row.result for row in held] == [PASSED] * 4
     assert (missing.result, missing.reason) == (NOT_RUN, "there is no GPU")
-    fp32, bf16 = held[2].values, held[3].values
+    fp32, bf16 = held[1].values, held[3].values
     # the same device on both sides: not a bit differs in fp32, while bf16 shows its roundings
     assert fp32["worst"] == 0.0
     assert 1e-4 < bf16["overall"] == bf16["cpu_overall"] < 0.1
     weights = model_tensors(Path(setting.directory, "start", "iter_0000000"))
     assert [name for name, weight in weights.items() if not weight.equal(weight.bfloat16().float())] == []
+
+
+@pytest.mark.parametrize("precision", check_gpu_parity.PRECISIONS)
+def test_the_program_takes_the_flags_of_every_precision_with_transformer_engine(
+    precision: str, tmp_path: Path
+) -> None:
+    flags = {
+        "--train-iters": 1,
+        "--transformer-impl": "transformer_engine",
+        **check_gpu_parity.PRECISIONS[precision],
+    }
+    setting = Setting("cuda", "full", str(tmp_path))
+    check_gpu_parity.write_inputs(setting)
+    config = resolve(parse_arguments(check_gpu_parity.student_flags(setting, **flags)), 1, ANYWHERE)
+    assert (config.transformer.fp8 is not None) == (precision == "fp8")
 
 
 def test_names_of_transformer_engines_norms_are_those_of_the_stock_layers() -> None:
@@ -106,17 +121,20 @@ def test_wrong_gradients_and_losses_are_failures(setting: Setting) -> None:
     for side, precision, error in (
         ("CPU stock", "fp32", 0.0),
         ("CPU stock", "bf16", 1e-2),
-        ("GPU stock", "fp32", 1e-3),
-        ("GPU stock", "bf16", 3e-2),
+        ("GPU", "fp32", 1e-3),
+        ("GPU", "bf16", 3e-2),
+        ("GPU", "fp8", 0.5),
     ):
         noisy = {**gradients, "b.weight": gradients["b.weight"] * (1 + error)}
+        if precision == "fp8":
+            noisy = {name: gradient * (1 + error) for name, gradient in gradients.items()}
         result = {"lm": 4.0 * (1 + error), "let": -0.1, "gradients": noisy}
         torch.save(result, directory / f"side {side} {precision}.pt")
     rows = Rows("parity", directory / "rows.json")
-    check_gpu_parity._compare(setting, "GPU stock", rows)
+    check_gpu_parity._compare(setting, check_gpu_parity.Side("GPU", "local", ("fp32", "bf16", "fp8")), rows)
     found = read_rows(directory / "rows.json")
-    assert [row.result for row in found] == [FAILED] * 4
-    assert "b.weight" in str(found[2].measured), "the small tensor is named: its error counts by its own size"
+    assert [row.result for row in found] == [FAILED] * 6
+    assert "b.weight" in str(found[1].measured), "the small tensor is named: its error counts by its own size"
 
 
 def test_errors_are_relative_and_nan_is_infinite() -> None:

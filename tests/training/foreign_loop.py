@@ -132,6 +132,7 @@ def plugin_module() -> Any:
     """Import the example as Megatron-LM's user does, the stand-in in Megatron-LM's place."""
     package = ModuleType("megatron.training")
     package.get_args = stand_in.get_args  # type: ignore[attr-defined]
+    package.get_tokenizer = stand_in.get_tokenizer  # type: ignore[attr-defined]
     sys.modules["megatron.training"] = package
     sys.path.insert(0, str(EXAMPLES))
     try:
@@ -189,6 +190,7 @@ class Host:
             "params_dtype": self.core_config.params_dtype,
             "log_interval": 1,
             "reset_attention_mask": False,
+            "vocab_size": EOD + 1,
             "pipeline_model_parallel_size": transformer.pipeline_model_parallel_size,
             "virtual_pipeline_model_parallel_size": transformer.virtual_pipeline_model_parallel_size,
         }

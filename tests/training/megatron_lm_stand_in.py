@@ -31,6 +31,11 @@ def get_args() -> argparse.Namespace:
     return ARGS[0]
 
 
+def get_tokenizer() -> argparse.Namespace:
+    """Return the tokenizer of the run, as far as it counts here."""
+    return argparse.Namespace(vocab_size=get_args().vocab_size)
+
+
 def pretrain(
     train_valid_test_dataset_provider: Callable[..., Any],
     model_provider: Callable[..., Any],

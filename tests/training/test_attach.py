@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_let.errors import ConfigError
-from megatron_let.let import AlignmentObjective, LetSchedule
+from megatron_let.let import AlignmentObjective, LetSchedule, load_hf_teacher
 from megatron_let.mcore.model import build_gpt
 from megatron_let.mcore.parallel import parallel_context
 from megatron_let.mcore.transformer_config import build_transformer_config
@@ -137,16 +137,22 @@ def refusals(argv: Sequence[str]) -> dict[str, str]:
         )
         loop = HostLoop(iteration=lambda: 0, num_microbatches=lambda: 1)
 
-        def attach(name: str, model: list[Any], layer: int) -> None:
+        def attach(name: str, model: list[Any], layer: int, load: Any = no_teacher) -> None:
             objective = AlignmentObjective(LetSchedule(1.0, STOP), layer)
             try:
-                attach_let(model, loop, load_teacher=no_teacher, objective=objective)
+                attach_let(model, loop, load_teacher=load, objective=objective, num_ids=68)
             except ConfigError as error:
                 messages[name] = str(error)
+
+        def load_teacher(device: torch.device) -> Any:
+            return load_hf_teacher(
+                config.let.let_teacher_load, layer=None, dtype=torch.float32, device=device
+            )
 
         attach("no GPT", [torch.nn.Linear(2, 2)], 1)
         attach("no chunk", [], 1)
         attach("layer", [gpt], 5)
+        attach("ids", [gpt], 1, load_teacher)
         core_config.context_parallel_size = 2
         attach("context parallel", [gpt], 1)
     return messages
@@ -158,6 +164,7 @@ def no_teacher(device: torch.device) -> Any:
 
 def test_what_it_is_not_for_is_refused(pool: RankPool, base: dict[str, Any]) -> None:
     messages = pool.run(1, refusals, arguments(base))[0]
+    assert "the student's token ids reach 67 but teacher" in messages.pop("ids")
     assert messages == {
         "no GPT": "a model chunk is a Linear; LET knows megatron-core's GPTModel in its own DistributedDataParallel",
         "no chunk": "there is no model chunk on this rank",

@@ -142,6 +142,18 @@ def test_a_lock_file_that_may_not_be_opened_is_one_line(
         lock_directory(tmp_path)
 
 
+def test_where_the_lock_file_is_on_a_read_only_disk_there_is_nothing_to_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / LOCK_FILE).write_text("")
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert lock_directory(tmp_path) is None
+
+
 def test_a_refused_run_leaves_the_others_directory_alone(
     holder: subprocess.Popen,
     tmp_path: Path,

@@ -193,6 +193,24 @@ def _layer_spec(
     )
 
 
+class _MaskedPadding(torch.autograd.Function):
+    """Logits [..., v] with those from `first` on set to minus infinity, in place.
+
+    Their gradient is 0 as it comes, their probability being 0. Autograd's own assignment would copy the gradient of all
+    logits, the largest tensor of a step, to write that 0 once more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, first: int) -> torch.Tensor:
+        logits[..., first:] = float("-inf")
+        ctx.mark_dirty(logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
 def mask_padded_logits(model: GPTModel, vocab_size: int, *, tp_rank: int) -> None:
     """Set the logits of padding ids to minus infinity on the chunk that holds the LM head.
 
@@ -208,8 +226,8 @@ def mask_padded_logits(model: GPTModel, vocab_size: int, *, tp_rank: int) -> Non
 
     def mask(_: torch.nn.Module, __: Any, output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
         logits, bias = output
-        logits[..., first_padded:] = float("-inf")
-        return logits, bias
+        masked: torch.Tensor = _MaskedPadding.apply(logits, first_padded)
+        return masked, bias
 
     model.output_layer.register_forward_hook(mask)
 

@@ -68,6 +68,7 @@ watch = Watch(inside)
 actions = {
     "write": lambda: (outside / "a").write_text("x"),
     "write by ..": lambda: Path("../outside/a").write_text("x"),
+    "write where reading is allowed": lambda: os.close(os.open(sys.modules[Watch.__module__].__file__, os.O_WRONLY)),
     "read": lambda: Path("/etc/passwd").read_text(),
     "read by a link": lambda: (inside / "link").read_text(),
     "mkdir": lambda: (outside / "b").mkdir(),
@@ -100,7 +101,7 @@ def test_what_no_use_may_do_is_stopped_and_told(tmp_path: Path) -> None:
     result = run(["-c", WATCHED], tmp_path)
     assert result.returncode == 0, result.stderr
     names = re.findall(r'^    "([^"]+)": lambda', WATCHED, re.MULTILINE)
-    assert len(names) == 16
+    assert len(names) == 17
     assert result.stdout.splitlines() == names[:-1]
     assert [path.name for path in (tmp_path / "outside").iterdir()] == ["there"]
     assert (tmp_path / "inside" / "new").exists()

@@ -145,6 +145,7 @@ def refusals(argv: Sequence[str]) -> dict[str, str]:
                 messages[name] = str(error)
 
         def load_teacher(device: torch.device) -> Any:
+            torch.rand(1)  # as some models' building does
             return load_hf_teacher(
                 config.let.let_teacher_load, layer=None, dtype=torch.float32, device=device
             )
@@ -152,7 +153,9 @@ def refusals(argv: Sequence[str]) -> dict[str, str]:
         attach("no GPT", [torch.nn.Linear(2, 2)], 1)
         attach("no chunk", [], 1)
         attach("layer", [gpt], 5)
+        before = torch.get_rng_state()
         attach("ids", [gpt], 1, load_teacher)
+        assert torch.get_rng_state().equal(before), "the student's dropout must not depend on the teacher"
         core_config.context_parallel_size = 2
         attach("context parallel", [gpt], 1)
     return messages

@@ -90,7 +90,7 @@ def trace_stage(run: TracedRun, stage: int) -> tuple[StagePlan, TracedTeacher | 
     Raises:
         ConfigError: megatron-core refuses the settings, or the teacher cannot be built.
     """
-    config = plain_layers(run.config)
+    config = plain_layers(run.config, is_on_gpu=run.for_gpu)
     transformer = config.transformer
     num_ranks = run.world_size // transformer.pipeline_model_parallel_size
     first = stage * num_ranks

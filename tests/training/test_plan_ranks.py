@@ -50,7 +50,7 @@ class Built(NamedTuple):
 
 def build_every_rank(argv: list[str], vocab_size: int) -> list[Built]:
     """Build the model of every rank on the meta device."""
-    config = plain_layers(resolve(parse_arguments(argv), WORLD_SIZE, ANYWHERE))
+    config = plain_layers(resolve(parse_arguments(argv), WORLD_SIZE, ANYWHERE), is_on_gpu=True)
     built = []
     for rank in range(WORLD_SIZE):
         with meta_rank(config, rank=rank, world_size=WORLD_SIZE, is_on_gpu=True) as context:

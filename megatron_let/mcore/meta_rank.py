@@ -83,19 +83,15 @@ def plain_layers(config: RunConfig, *, is_on_gpu: bool) -> RunConfig:
 
 
 class SharedSequenceAttention(SdpaCoreAttention):
-    """Attention of a context-parallel rank, by its sizes: queries of its share over keys and values of all shares."""
+    """Attention of a context-parallel rank, by its sizes: like Transformer Engine's it keeps its own share for backward.
+
+    Keys and values of the other shares pass by; whoever counts FLOPs must know of them.
+    """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        whole = copy.copy(config)
-        whole.context_parallel_size = 1
-        super().__init__(whole, *args, **kwargs)
-        self.num_shares = config.context_parallel_size
-
-    def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None
-    ) -> torch.Tensor:
-        k, v = (torch.cat([x] * self.num_shares, dim=2) for x in (k, v))  # [b, n, s/cp, d] -> [b, n, s, d]
-        return super()._attend(q, k, v, allowed)
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1
+        super().__init__(alone, *args, **kwargs)
 
 
 class _Done:

@@ -138,7 +138,7 @@ def _trace(
     step = ForwardStep(config, context, _NO_EOD, alignment)
     for chunk in student.chunks:
         chunk.zero_grad_buffer()
-    with traced() as tracer:
+    with traced(num_shares=context.cp_size) as tracer:
         held = [parameter for chunk in student.chunks for parameter in chunk.parameters()]
         if alignment is not None and alignment.teacher is not None:
             held += alignment.teacher.parameters()

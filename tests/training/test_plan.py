@@ -68,6 +68,7 @@ def problems_of(changes: dict[str, Any], world_size: int = 1, **settings: Any) -
     ("world_size", "changes"),
     [
         (1, {"--fp16": None, "--check-for-large-grads": None}),
+        (1, {"--distributed-backend": "gloo"}),  # weight gradients are added in place
         (4, {**TENSOR, **PIPELINE}),
         (4, {**TENSOR, "--sequence-parallel": None, "--context-parallel-size": 2}),
         (2, {**PIPELINE, "--num-virtual-stages-per-pipeline-rank": 2}),
@@ -82,6 +83,15 @@ def test_the_stages_together_do_the_work_of_the_student(world_size: int, changes
     expected = tokens * training_flops_per_token(config, plan.padded_vocab_size)
     assert plan.padded_vocab_size == padded_vocab_size(61, 24, plan.layout["tensor"])
     assert sum(stage.flops for stage in plan.stages) * sharing == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("share", [2, 4])
+def test_context_parallel_ranks_keep_their_own_share_of_the_sequence(share: int) -> None:
+    alone = plan_of({**MOCK, "--seq-length": 64}).stages[0].memory
+    flags = {**MOCK, "--seq-length": 64 * share, "--context-parallel-size": share}
+    memory = plan_of(flags, share).stages[0].memory
+    # beside the share a rank holds the angles of the whole row
+    assert memory.activations == pytest.approx(alone.activations, rel=0.02)
 
 
 def test_full_recompute_does_each_layer_s_forward_twice() -> None:

@@ -25,7 +25,7 @@ class StageMemory:
     """What else the teacher adds to the peak: its states in flight and what its forward takes."""
 
     teacher_states: int = 0
-    """Of these the states, kept for the backward of layer k, of all microbatches in flight."""
+    """What the states alone take, of all microbatches between the teacher's forward and the backward of layer k."""
 
     @property
     def after_stop(self) -> int:
@@ -96,6 +96,9 @@ class BetterSplit:
 
     layers: tuple[int, ...]
     flags: str
+    replaced: tuple[str, ...]
+    """Flags of the run that these take the place of: leave them out."""
+
     saved: float
     """Share of the run's time that it saves, as FLOPs and pipeline have it."""
 

@@ -89,7 +89,8 @@ def _run(plan: RunPlan) -> Iterator[str]:
     better = plan.better_split
     if better is not None:
         layers = ",".join(str(count) for count in better.layers)
-        yield f"better split: {better.flags} (layers {layers}) saves {better.saved:.1%} of the run's time"
+        replaced = f" in place of {' '.join(better.replaced)}" if better.replaced else ""
+        yield f"better split: {better.flags}{replaced} (layers {layers}) saves {better.saved:.1%} of the run's time"
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:

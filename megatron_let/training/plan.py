@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,7 +13,6 @@ from megatron_let.config.batches import (
     train_iterations,
     virtual_pipeline_size,
 )
-from megatron_let.config.checks.rules import Packages
 from megatron_let.config.derive import resolve
 from megatron_let.config.run_config import RunConfig
 from megatron_let.config.validate import problems
@@ -22,18 +22,13 @@ from megatron_let.mcore.datasets import split_parts
 from megatron_let.mcore.transformer_config import compute_dtype
 from megatron_let.planning.flops import PEAK_BF16_TFLOPS, peak_flops, training_flops_per_token
 from megatron_let.planning.pipeline import SHARES, Pipeline
-from megatron_let.planning.plan import BetterSplit, DataPlan, RunPlan, StagePlan, TeacherPlan, TimePlan
+from megatron_let.planning.plan import DataPlan, RunPlan, StagePlan, TeacherPlan, TimePlan
 from megatron_let.training.data_needs import build_run_tokenizer, sample_counts
 from megatron_let.training.let_record import stop_of_run, student_layer_of_run
+from megatron_let.training.plan_split import ANYWHERE, better_split, traced_pipeline
 from megatron_let.training.split_checks import usable_counts_alone
 from megatron_let.training.stage_trace import TracedRun, TracedTeacher, teacher_vocab_size, trace_stage
 from megatron_let.training.state import TrainingState
-
-# A plan is made where the run is not: its kernels need not be here.
-ANYWHERE = Packages(transformer_engine=True, apex=True)
-
-# A split is proposed when it saves more than this share of an iteration.
-_WORTH_SAYING = 0.01
 
 DEFAULT_MFU = 0.4
 
@@ -78,9 +73,11 @@ def make_plan(config: RunConfig, settings: PlanSettings) -> RunPlan:
     num_stages = config.transformer.pipeline_model_parallel_size
     traces = [trace_stage(run, stage) for stage in range(num_stages)]
     stages = tuple(stage for stage, _ in traces)
-    pipeline = _pipeline(config, run, stages)
-    traced = next((teacher for _, teacher in traces if teacher is not None), None)
-    teacher = None if traced is None else _teacher_plan(run, stages, pipeline, traced)
+    pipeline = traced_pipeline(run, stages)
+    teacher = next(
+        (_teacher_plan(run, owner, pipeline, traced) for owner, traced in traces if traced is not None), None
+    )
+    room = settings.gpu_memory_gib * GIB if run.for_gpu else math.inf
     return RunPlan(
         world_size=settings.world_size,
         layout=_layout(config, settings.world_size),
@@ -92,7 +89,7 @@ def make_plan(config: RunConfig, settings: PlanSettings) -> RunPlan:
         time=None if speed is None else _time_plan(run, teacher, *speed),
         data=_data_plan(config, settings.world_size, warnings),
         checkpoint_bytes=_checkpoint_bytes(config, stages),
-        better_split=_better_split(run, pipeline, stages, teacher),
+        better_split=better_split(run, pipeline, stages, teacher, room=room),
         warnings=(*warnings, *_memory_warnings(run, stages, settings), *_teacher_warnings(teacher)),
         not_planned=_not_planned(config, run),
     )
@@ -178,33 +175,17 @@ def _layout(config: RunConfig, world_size: int) -> dict[str, int]:
     }
 
 
-def _pipeline(config: RunConfig, run: TracedRun, stages: Sequence[StagePlan]) -> Pipeline:
-    """Return the pipeline with the costs that were traced; layers cost alike, the output layer its matrix product."""
-    transformer, plan = config.transformer, batch_plan(config, run.world_size)
-    tokens = plan.micro_batch_size * config.model.seq_length / transformer.context_parallel_size
-    columns = run.padded_vocab_size / transformer.tensor_model_parallel_size
-    head = 3 * 2 * tokens * transformer.hidden_size * columns
-    first = stages[0].flops - (head if stages[0].has_head else 0)
-    return Pipeline(
-        layers=tuple(len(stage.layers) for stage in stages),
-        layer=first / len(stages[0].layers),
-        head=head,
-        num_microbatches=plan.full // (plan.micro_batch_size * plan.data_parallel_size),
-        num_chunks=virtual_pipeline_size(config) or 1,
-    )
-
-
 def _teacher_plan(
-    run: TracedRun, stages: Sequence[StagePlan], pipeline: Pipeline, teacher: TracedTeacher
+    run: TracedRun, owner: StagePlan, pipeline: Pipeline, teacher: TracedTeacher
 ) -> TeacherPlan:
     config, layer = run.config, student_layer_of_run(run.config)
-    stage, tensor = pipeline.owner(layer), config.transformer.tensor_model_parallel_size
-    flops, share = stages[stage].teacher_flops, config.let.let_share_teacher
+    tensor = config.transformer.tensor_model_parallel_size
+    flops, share = owner.teacher_flops, config.let.let_share_teacher
     costs = pipeline.stages(flops if share == "none" else flops / tensor, layer)
     return TeacherPlan(
         description=teacher.description,
         student_layer=layer,
-        stage=stage,
+        stage=owner.stage,
         stop_iteration=stop_of_run(config.let, train_iterations(config, run.world_size))[0],
         weights_bytes=teacher.weights,
         flops_per_token=teacher.flops_per_token,
@@ -213,36 +194,8 @@ def _teacher_plan(
             share: pipeline.slowdown(flops, layer, share=share, tensor_size=tensor) for share in SHARES
         },
         share=share,
-        is_bottleneck=share != "tensor-pipeline" and costs[stage] > max(pipeline.stages()),
+        is_bottleneck=share != "tensor-pipeline" and costs[owner.stage] > max(pipeline.stages()),
     )
-
-
-def _better_split(
-    run: TracedRun, pipeline: Pipeline, stages: Sequence[StagePlan], teacher: TeacherPlan | None
-) -> BetterSplit | None:
-    """Return the split whose run takes least time, before and after S_stop together, if it is worth a word."""
-    if len(stages) == 1:
-        return None
-    tensor = run.config.transformer.tensor_model_parallel_size
-
-    def cost(split: Pipeline) -> float:
-        plain = split.iteration(split.stages())
-        if teacher is None:
-            return plain
-        flops = stages[teacher.stage].teacher_flops
-        slowdown = split.slowdown(flops, teacher.student_layer, share=teacher.share, tensor_size=tensor)
-        guided = teacher.stop_iteration / train_iterations(run.config, run.world_size)
-        return plain * (1 + guided * (slowdown - 1))
-
-    best = min(pipeline.other_splits(), key=cost, default=pipeline)
-    saved = 1 - cost(best) / cost(pipeline)
-    if saved < _WORTH_SAYING:
-        return None
-    flags = (
-        f"--decoder-first-pipeline-num-layers {best.layers[0]} "
-        f"--decoder-last-pipeline-num-layers {best.layers[-1]}"
-    )
-    return BetterSplit(best.layers, flags, saved)
 
 
 def _speed(config: RunConfig, settings: PlanSettings) -> tuple[float, str] | None:

@@ -131,6 +131,9 @@ class DataPlan:
     present: dict[str, int | None]
     """None where it cannot be counted here."""
 
+    epochs: dict[str, float | None]
+    """How often the data set is read that is read most often."""
+
     is_made_up: bool
     """With --mock-data, of which there is always enough."""
 

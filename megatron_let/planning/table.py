@@ -82,9 +82,10 @@ def _run(plan: RunPlan) -> Iterator[str]:
         present = data.present[split]
         there = "made up" if data.is_made_up else "not counted: see the warnings"
         there = there if present is None else f"{present:,} present"
-        epochs = f", {needed / present:.2f} epochs" if present else ""
+        epochs = data.epochs[split]
+        read = "" if epochs is None else f", {epochs:.2f} epochs of the data set that is read most often"
         if needed:
-            yield f"data: {split} needs {needed:,} tokens, {there}{epochs}"
+            yield f"data: {split} needs {needed:,} tokens, {there}{read}"
     yield f"checkpoint: {plan.checkpoint_bytes / GIB:.2f} GiB each"
     better = plan.better_split
     if better is not None:

@@ -17,8 +17,8 @@ from megatron_let.config.derive import resolve
 from megatron_let.config.run_config import RunConfig
 from megatron_let.config.validate import problems
 from megatron_let.data.indexed import count_tokens
-from megatron_let.errors import ConfigError
-from megatron_let.mcore.datasets import split_parts
+from megatron_let.errors import ConfigError, MissingFilesError
+from megatron_let.mcore.datasets import blend_weights, split_parts
 from megatron_let.mcore.transformer_config import compute_dtype
 from megatron_let.planning.flops import PEAK_BF16_TFLOPS, peak_flops, training_flops_per_token
 from megatron_let.planning.pipeline import SHARES, Pipeline
@@ -130,7 +130,7 @@ def _vocab_size(config: RunConfig, warnings: list[str]) -> int:
     """Return the ids of the tokenizer; where its files are not here, those that --vocab-size states."""
     try:
         return build_run_tokenizer(config).vocab_size
-    except ConfigError as problem:
+    except MissingFilesError as problem:
         stated = config.model.vocab_size
         if stated is None:
             raise ConfigError(
@@ -244,14 +244,24 @@ def _data_plan(config: RunConfig, world_size: int, warnings: list[str]) -> DataP
         "test": counts.test * length,
     }
     present: dict[str, int | None] = dict.fromkeys(needed)
+    epochs: dict[str, float | None] = dict.fromkeys(needed)
     if not config.data.mock_data:
         try:
             for split, parts in split_parts(config).items():
-                present[split] = sum(count_tokens(*part) for part in parts)
+                sizes = [count_tokens(*part) for part in parts]
+                present[split] = sum(sizes)
+                if sizes and all(sizes):
+                    epochs[split] = _most_epochs(needed[split], sizes, blend_weights(config, split))
             usable_counts_alone(config, counts)
         except ConfigError as problem:
             warnings.append(f"data: {problem}")
-    return DataPlan(needed, present, is_made_up=config.data.mock_data)
+    return DataPlan(needed, present, epochs, is_made_up=config.data.mock_data)
+
+
+def _most_epochs(needed: int, sizes: Sequence[int], weights: Sequence[float] | None) -> float:
+    """Return the largest number of epochs of a data set when `needed` tokens are read by weight, or by size."""
+    shares = sizes if weights is None else weights
+    return needed / sum(shares) * max(share / size for share, size in zip(shares, sizes, strict=True))
 
 
 def _checkpoint_bytes(config: RunConfig, stages: Sequence[StagePlan]) -> int:

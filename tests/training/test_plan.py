@@ -16,14 +16,11 @@ from megatron_let.config.batches import padded_vocab_size
 from megatron_let.entry import RunReport
 from megatron_let.log import LOGGER
 from megatron_let.planning.flops import training_flops_per_token
-from megatron_let.planning.plan import RunPlan
-from megatron_let.planning.table import plan_lines
 from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.training import TINY_STUDENT, arguments, train
 from megatron_let.training.arguments import parse_arguments
-from megatron_let.training.plan import PlanProblemsError, PlanSettings, make_plan
+from tests.training.planned import MOCK, plan_of, problems_of
 
-MOCK = {"--mock-data": None}
 PIPELINE = {"--pipeline-model-parallel-size": 2}
 TENSOR = {"--tensor-model-parallel-size": 2}
 FULL = {"--recompute-granularity": "full", "--recompute-method": "uniform", "--recompute-num-layers": 1}
@@ -52,16 +49,6 @@ def described_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (directory / "generation_config.json").unlink(missing_ok=True)
     return directory
-
-
-def plan_of(changes: dict[str, Any], world_size: int = 1, **settings: Any) -> RunPlan:
-    return make_plan(parse_arguments(arguments(TINY_STUDENT, changes)), PlanSettings(world_size, **settings))
-
-
-def problems_of(changes: dict[str, Any], world_size: int = 1, **settings: Any) -> list[str]:
-    with pytest.raises(PlanProblemsError) as caught:
-        plan_of(changes, world_size, **settings)
-    return str(caught.value).split("\nerror: ")
 
 
 @pytest.mark.parametrize(
@@ -177,22 +164,6 @@ def test_memory_that_a_gpu_does_not_have_is_told() -> None:
     assert warning.startswith("stage 0 needs 0.0 GiB of the 0.001 GiB")
 
 
-def test_data_are_counted(token_files: Path, tmp_path: Path) -> None:
-    flags = {"--data-path": token_files, "--split": "1,1,0", "--eval-iters": 1, "--train-iters": 200}
-    plan = plan_of(flags)
-    assert plan.data.needed == {"training": 200 * 8 * 32, "validation": 8 * 32, "test": 8 * 32}
-    total = (token_files.with_suffix(".bin")).stat().st_size // 2
-    present = plan.data.present
-    assert present["training"] is not None
-    assert present["validation"] is not None
-    assert present["training"] + present["validation"] == total
-    epochs = f"{200 * 8 * 32 / present['training']:.2f} epochs"
-    assert any(epochs in line for line in plan_lines(plan))
-    missing = plan_of({**flags, "--data-path": tmp_path / "elsewhere"})
-    assert missing.data.present["training"] is None
-    assert any("elsewhere" in line for line in missing.warnings)
-
-
 def test_a_checkpoint_has_the_planned_size(pool: RankPool, tmp_path: Path) -> None:
     flags: dict[str, Any] = {
         **MOCK,
@@ -243,13 +214,6 @@ def test_all_that_is_wrong_is_told_at_once(teacher: Path, tmp_path: Path) -> Non
         }
     )
     assert "--vocab-size" in line
-
-
-def test_a_tokenizer_may_be_elsewhere(tmp_path: Path) -> None:
-    flags = {**MOCK, "--tokenizer-type": "HuggingFaceTokenizer", "--tokenizer-model": tmp_path / "nowhere"}
-    plan = plan_of({**flags, "--vocab-size": 100})
-    assert plan.padded_vocab_size == 120
-    assert any(line.startswith("planned with --vocab-size 100 and no tokenizer") for line in plan.warnings)
 
 
 @pytest.mark.usefixtures("own_logger")

@@ -10,9 +10,8 @@ import pytest
 from megatron_let.planning.pipeline import dealt
 from megatron_let.planning.plan import RunPlan
 from megatron_let.planning.table import plan_lines
-from megatron_let.testing.training import TINY_STUDENT, arguments
-from megatron_let.training.arguments import parse_arguments
-from megatron_let.training.plan import PlanSettings, make_plan
+from tests.training import planned
+from tests.training.planned import MOCK
 
 COUNTED: dict[str, Any] = {
     "--account-for-embedding-in-pipeline-split": None,
@@ -24,9 +23,9 @@ PER_CHUNK = "--num-layers-per-virtual-pipeline-stage"
 WIDE_HEAD = {"--num-layers": 8, "--vocab-size": 3000}
 
 
-def plan_of(changes: dict[str, Any], world_size: int = 2, **settings: Any) -> RunPlan:
-    flags = {"--mock-data": None, "--pipeline-model-parallel-size": world_size, **changes}
-    return make_plan(parse_arguments(arguments(TINY_STUDENT, flags)), PlanSettings(world_size, **settings))
+def plan_of(changes: dict[str, Any], stages: int = 2, **settings: Any) -> RunPlan:
+    flags = {**MOCK, "--pipeline-model-parallel-size": stages, **changes}
+    return planned.plan_of(flags, stages, **settings)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import param_and_grad_buffer
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -92,6 +93,11 @@ class SharedSequenceAttention(SdpaCoreAttention):
         alone = copy.copy(config)
         alone.context_parallel_size = 1
         super().__init__(alone, *args, **kwargs)
+
+
+def forget_rotary_angles() -> None:
+    """Have the next forward pass make the angles of its positions anew: megatron-core keeps those that it has made."""
+    RotaryEmbedding.forward.cache_clear()
 
 
 class _Done:

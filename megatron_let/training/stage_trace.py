@@ -26,6 +26,7 @@ from megatron_let.mcore.layer_tap import find_layer
 from megatron_let.mcore.meta_rank import (
     META,
     MetaContext,
+    forget_rotary_angles,
     gradient_buffers,
     meta_rank,
     plain_layers,
@@ -136,6 +137,7 @@ def _trace(
 ) -> Tracer:
     """Run one iteration's schedule; weights, gradients and the teacher's weights are not counted."""
     step = ForwardStep(config, context, _NO_EOD, alignment)
+    forget_rotary_angles()
     for chunk in student.chunks:
         chunk.zero_grad_buffer()
     with traced(num_shares=context.cp_size) as tracer:

@@ -90,8 +90,8 @@ def test_no_split_is_proposed_that_a_gpu_cannot_hold() -> None:
     assert first > last
     assert plan.better_split is not None
     assert plan.better_split.layers == (4, 2)
-    assert plan_of(flags, gpu_memory_gib=1.34 * first / 2**30).better_split == plan.better_split
-    assert plan_of(flags, gpu_memory_gib=1.33 * first / 2**30).better_split is None
+    assert plan_of(flags, gpu_memory_gib=1.34 * first / 0.9 / 2**30).better_split == plan.better_split
+    assert plan_of(flags, gpu_memory_gib=1.33 * first / 0.9 / 2**30).better_split is None
 
 
 def test_a_split_is_proposed_where_one_stage_is_too_full_anyway() -> None:

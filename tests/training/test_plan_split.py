@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
+from megatron_let.config.run_config import RunConfig
+from megatron_let.errors import ConfigError
 from megatron_let.planning.pipeline import dealt
 from megatron_let.planning.plan import RunPlan
 from megatron_let.planning.table import plan_lines
+from megatron_let.training import plan_split
 from tests.training import planned
 from tests.training.planned import MOCK
 
@@ -81,6 +84,21 @@ def test_a_proposed_split_is_one_that_the_program_takes(
     assert tuple(len(stage.layers) for stage in better.stages) == split.layers
     assert better.layout["chunks a stage"] == plan.layout["chunks a stage"]
     assert better.better_split is None
+
+
+def test_a_split_that_a_rule_refuses_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = plan_of(WIDE_HEAD).better_split
+    assert best is not None
+
+    def refuse(config: RunConfig, *_: Any) -> list[ConfigError]:
+        is_best = config.transformer.num_layers_in_first_pipeline_stage == best.layers[0]
+        return [ConfigError("not this one")] * is_best
+
+    monkeypatch.setattr(plan_split, "problems", refuse)
+    second = plan_of(WIDE_HEAD).better_split
+    assert second is not None
+    assert second.layers != best.layers
+    assert second.saved < best.saved
 
 
 def test_no_split_is_proposed_that_a_gpu_cannot_hold() -> None:

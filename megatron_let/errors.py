@@ -25,6 +25,10 @@ class ConfigError(LetError):
     exit_code = EXIT_BAD_CONFIGURATION
 
 
+class MissingFilesError(ConfigError):
+    """What a flag names is not on this machine; it may be where the run will be."""
+
+
 class BadNumbersError(LetError):
     """The numbers went bad, not the program: the line says which number, where, and what to do."""
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_let.errors import ConfigError
+from megatron_let.errors import ConfigError, MissingFilesError
 from megatron_let.plain_json import shown
 
 # Any one of these makes a directory a tokenizer directory.
@@ -43,7 +43,7 @@ def load_auto_tokenizer(name_or_path: str, *, without_torch: bool = False) -> An
     """
     is_directory = os.path.isdir(name_or_path)
     if is_directory and not has_tokenizer_files(name_or_path):
-        raise ConfigError(
+        raise MissingFilesError(
             f"no tokenizer in directory {name_or_path}: expected tokenizer.json or tokenizer_config.json"
         )
     if os.path.isfile(name_or_path):
@@ -57,7 +57,7 @@ def load_auto_tokenizer(name_or_path: str, *, without_torch: bool = False) -> An
         raise
     except BaseException as error:  # transformers raises anything, and the Rust below it what is no Exception
         if not is_directory:
-            raise ConfigError(
+            raise MissingFilesError(
                 f"tokenizer {name_or_path} is neither a directory nor in the local Hugging Face cache"
             ) from error
         raise ConfigError(f"cannot load the tokenizer in {name_or_path}: {first_line(error)}") from error

@@ -22,7 +22,7 @@ from megatron_let.data.batch_encoders import (
     SlowHuggingFaceEncoder,
 )
 from megatron_let.data.fingerprint import document_special_ids, fingerprint_of, fingerprint_of_hf_tokenizer
-from megatron_let.errors import ConfigError
+from megatron_let.errors import ConfigError, MissingFilesError
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "GPT2BPETokenizer", *SENTENCEPIECE_TYPES, "NullTokenizer")
@@ -231,7 +231,7 @@ def _take_special_tokens_as_text(tokenizer: Any, name: str) -> None:
 def _gpt2_backend(vocab_file: str, merge_file: str) -> Any:
     for path in (vocab_file, merge_file):
         if not os.path.isfile(path):
-            raise ConfigError(f"GPT2BPETokenizer: file {path} does not exist")
+            raise MissingFilesError(f"GPT2BPETokenizer: file {path} does not exist")
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     try:
@@ -252,7 +252,7 @@ def _gpt2_backend(vocab_file: str, merge_file: str) -> Any:
 
 def _load_sentencepiece(model_file: str) -> SentencePieceEncoder:
     if not os.path.isfile(model_file):
-        raise ConfigError(f"SentencePiece model {model_file} is not a file")
+        raise MissingFilesError(f"SentencePiece model {model_file} is not a file")
     try:
         return SentencePieceEncoder(Path(model_file).read_bytes())
     except (RuntimeError, OSError) as error:

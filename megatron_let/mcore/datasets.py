@@ -106,10 +106,7 @@ def split_parts(config: RunConfig) -> dict[str, list[SplitPart]]:
 
 def is_blended_by_size(config: RunConfig, split: str) -> bool:
     """Return whether `split` joins several data sets without weights: each is then read once and not repeated."""
-    per_split = dict(zip(("training", "validation", "test"), _paths_per_split(config), strict=True))
-    paths = config.data.data_path or per_split[split]
-    prefixes, weights = get_blend_from_list(list(paths)) if paths else ([], None)
-    return len(prefixes) > 1 and weights is None
+    return len(split_parts(config)[split]) > 1 and blend_weights(config, split) is None
 
 
 def is_any_blend(config: RunConfig) -> bool:
@@ -136,9 +133,10 @@ def data_use(dataset: Any, parts: Sequence[SplitPart], count: int) -> list[DataU
     ]
 
 
-def training_weights(config: RunConfig) -> list[float] | None:
-    """Return the weights of the training blend, None where its data sets are joined by size."""
-    paths = config.data.data_path or config.data.train_data_path
+def blend_weights(config: RunConfig, split: str) -> list[float] | None:
+    """Return the weights of a split's blend, None where its data sets are joined by size."""
+    per_split = dict(zip(("training", "validation", "test"), _paths_per_split(config), strict=True))
+    paths = config.data.data_path or per_split[split]
     blend = get_blend_from_list(list(paths)) if paths else None
     return None if blend is None or blend[1] is None else list(blend[1])
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import random
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,9 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import param_and_grad_buffer
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -52,11 +55,11 @@ class MetaContext(ParallelContext):
         return self.for_gpu
 
 
-def plain_layers(config: RunConfig) -> RunConfig:
+def plain_layers(config: RunConfig, *, is_on_gpu: bool) -> RunConfig:
     """Return `config` with layers that can be built on any machine, and with nothing that looks at values.
 
-    Transformer Engine's layers need a GPU to be built: the stock ones have the same parameters and keep nearly the same
-    for backward. Weights are drawn as ever, on the meta device at no cost: that marks which of them are sharded.
+    Transformer Engine's layers and a GPU's own kernels need a GPU: the stock ones have the same parameters and keep nearly
+    the same for backward. Weights are drawn as ever, on the meta device at no cost: that marks which of them are sharded.
     """
     given = config.transformer
     transformer = dataclasses.replace(
@@ -64,6 +67,8 @@ def plain_layers(config: RunConfig) -> RunConfig:
         fp8=None,
         fp8_param=False,
         first_last_layers_bf16=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False if is_on_gpu else given.gradient_accumulation_fusion,
         cross_entropy_loss_fusion=given.cross_entropy_loss_fusion and given.cross_entropy_fusion_impl != "te",
     )
     model = dataclasses.replace(config.model, transformer_impl="local")
@@ -79,19 +84,20 @@ def plain_layers(config: RunConfig) -> RunConfig:
 
 
 class SharedSequenceAttention(SdpaCoreAttention):
-    """Attention of a context-parallel rank, by its sizes: queries of its share over keys and values of all shares."""
+    """Attention of a context-parallel rank, by its sizes: like Transformer Engine's it keeps its own share for backward.
+
+    Keys and values of the other shares pass by; whoever counts FLOPs must know of them.
+    """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        whole = copy.copy(config)
-        whole.context_parallel_size = 1
-        super().__init__(whole, *args, **kwargs)
-        self.num_shares = config.context_parallel_size
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1
+        super().__init__(alone, *args, **kwargs)
 
-    def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None
-    ) -> torch.Tensor:
-        k, v = (torch.cat([x] * self.num_shares, dim=2) for x in (k, v))  # [b, n, s/cp, d] -> [b, n, s, d]
-        return super()._attend(q, k, v, allowed)
+
+def forget_rotary_angles() -> None:
+    """Have the next forward pass make the angles of its positions anew: megatron-core keeps those that it has made."""
+    RotaryEmbedding.forward.cache_clear()
 
 
 class _Done:
@@ -108,7 +114,10 @@ def _one_by_one(*_: Any, **__: Any) -> Iterator[_Done]:
 
 @contextmanager
 def meta_rank(config: RunConfig, *, rank: int, world_size: int, is_on_gpu: bool) -> Iterator[MetaContext]:
-    """Stand on `rank` of `world_size` without any other process; nothing may be a part of a process group already."""
+    """Stand on `rank` of `world_size` without any other process; nothing may be a part of a process group already.
+
+    The random states of Python, NumPy and torch are put back on leaving.
+    """
     import torch.testing._internal.distributed.fake_pg  # registers the backend "fake"
 
     with ExitStack() as stack:
@@ -126,6 +135,9 @@ def meta_rank(config: RunConfig, *, rank: int, world_size: int, is_on_gpu: bool)
         dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=world_size)
         stack.callback(dist.destroy_process_group)
         stack.enter_context(model_parallel_groups(config))
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(torch.set_rng_state, torch.get_rng_state())
         seed_everything(config)
         described = current_context(META, vp_size=config.transformer.virtual_pipeline_model_parallel_size)
         values = {item.name: getattr(described, item.name) for item in dataclasses.fields(described)}

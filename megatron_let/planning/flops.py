@@ -1,20 +1,32 @@
-"""Floating-point operations of training, and the peak rates they are held against."""
+"""Floating-point operations of training, and the GPUs that do them."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from megatron_let.config.run_config import RunConfig
 
-# Dense bf16 peak of one device in TFLOP/s, as its maker states it.
-PEAK_BF16_TFLOPS = {
-    "A100": 312.0,
-    "A800": 312.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "H800": 989.0,
-    "GH200": 989.0,
-    "L40S": 362.0,
-    "B200": 2250.0,
-    "GB200": 2250.0,
+
+class Gpu(NamedTuple):
+    """A device as its maker states it."""
+
+    bf16_tflops: float
+    """Dense peak in TFLOP/s."""
+
+    memory: float
+    """Its makers say GB; the device itself reports about as many GiB."""
+
+
+GPUS = {
+    "A100": Gpu(312.0, 80.0),
+    "A800": Gpu(312.0, 80.0),
+    "H100": Gpu(989.0, 80.0),
+    "H200": Gpu(989.0, 141.0),
+    "H800": Gpu(989.0, 80.0),
+    "GH200": Gpu(989.0, 96.0),
+    "L40S": Gpu(362.0, 48.0),
+    "B200": Gpu(2250.0, 180.0),
+    "GB200": Gpu(2250.0, 186.0),
 }
 
 
@@ -35,7 +47,13 @@ def training_flops_per_token(config: RunConfig, padded_vocab_size: int) -> float
     return 3.0 * forward
 
 
+def gpu_of(device_name: str) -> Gpu | None:
+    """Return a device by its name, or None when it is not in the table."""
+    matches = [name for name in GPUS if name in device_name]
+    return GPUS[max(matches, key=len)] if matches else None
+
+
 def peak_flops(device_name: str) -> float | None:
     """Return the dense bf16 peak in FLOP/s of a device by its name, or None when it is not in the table."""
-    matches = [name for name in PEAK_BF16_TFLOPS if name in device_name]
-    return PEAK_BF16_TFLOPS[max(matches, key=len)] * 1e12 if matches else None
+    gpu = gpu_of(device_name)
+    return None if gpu is None else gpu.bf16_tflops * 1e12

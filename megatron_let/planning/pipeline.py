@@ -16,8 +16,8 @@ SHARES = ("none", "tensor", "tensor-pipeline")
 class Pipeline:
     """The costs of a microbatch for one rank, in FLOPs, and the schedule."""
 
-    layers: tuple[int, ...]
-    """Transformer layers of each stage."""
+    layers: tuple[tuple[int, ...], ...]
+    """Global numbers (from 1) of each stage's transformer layers."""
 
     layer: float
     """Cost of a layer."""
@@ -31,20 +31,14 @@ class Pipeline:
 
     def stages(self, teacher: float = 0.0, student_layer: int = 1, *, spread: float = 0.0) -> list[float]:
         """Return the cost of each stage: with `teacher` more on that of layer k, and `spread` more on every one."""
-        costs = [count * self.layer + spread for count in self.layers]
+        costs = [len(numbers) * self.layer + spread for numbers in self.layers]
         costs[-1] += self.head
         costs[self.owner(student_layer)] += teacher
         return costs
 
     def owner(self, student_layer: int) -> int:
-        """Return the stage that has layer `student_layer` (1-based): stages take turns, chunk by chunk."""
-        last = 0
-        for _ in range(self.num_chunks):
-            for stage, count in enumerate(self.layers):
-                last += count // self.num_chunks
-                if student_layer <= last:
-                    return stage
-        raise AssertionError(f"layer {student_layer} of {last}")
+        """Return the stage that has layer `student_layer`."""
+        return next(stage for stage, numbers in enumerate(self.layers) if student_layer in numbers)
 
     def iteration(self, stages: Sequence[float]) -> float:
         """Return the cost of an iteration under the one-forward-one-backward schedule.
@@ -66,11 +60,25 @@ class Pipeline:
 
     def other_splits(self) -> Iterator[Pipeline]:
         """Yield this pipeline with every other first and last stage, the stages between them even."""
-        total, between = sum(self.layers), len(self.layers) - 2
+        total, between = sum(map(len, self.layers)), len(self.layers) - 2
         for first in range(self.num_chunks, total, self.num_chunks):
             for last in range(self.num_chunks, total - first + 1, self.num_chunks):
                 rest = total - first - last
                 if between and rest > 0 and rest % (between * self.num_chunks) == 0:
-                    yield replace(self, layers=(first, *[rest // between] * between, last))
+                    counts = (first, *[rest // between] * between, last)
                 elif between == 0 and rest == 0:
-                    yield replace(self, layers=(first, last))
+                    counts = (first, last)
+                else:
+                    continue
+                yield replace(self, layers=dealt(counts, self.num_chunks))
+
+
+def dealt(counts: Sequence[int], num_chunks: int) -> tuple[tuple[int, ...], ...]:
+    """Return the numbers of each stage's layers when it has `counts` of them: stages take turns, chunk by chunk."""
+    stages: list[list[int]] = [[] for _ in counts]
+    last = 0
+    for _ in range(num_chunks):
+        for numbers, count in zip(stages, counts, strict=True):
+            first, last = last, last + count // num_chunks
+            numbers += range(first + 1, last + 1)
+    return tuple(map(tuple, stages))

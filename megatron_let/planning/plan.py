@@ -1,11 +1,12 @@
-"""What a run will cost, as plain values: `dataclasses.asdict` of a `RunPlan` is what `--json` writes.
+"""What a run will cost, as plain values: `RunPlan.to_dict` is what `--json` writes.
 
 Bytes and FLOPs are those of one rank (tensor-parallel ranks of a stage are alike) unless a name says otherwise.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class StageMemory:
     """What else the teacher adds to the peak: its states in flight and what its forward takes."""
 
     teacher_states: int = 0
-    """Of these the states, kept for the backward of layer k, of all microbatches in flight."""
+    """What the states alone take, of all microbatches between the teacher's forward and the backward of layer k."""
 
     @property
     def after_stop(self) -> int:
@@ -86,8 +87,14 @@ class TeacherPlan:
     share: str
     """Which of these the run has."""
 
+    allowed: tuple[str, ...]
+    """Which of these a run can have; the others are planned only."""
+
+    is_on_slowest: bool
+    """Whether its stage is the slowest of several even without it."""
+
     is_bottleneck: bool
-    """Whether its stage becomes the slowest one."""
+    """Whether its stage is the slowest of several with it."""
 
 
 @dataclass(frozen=True)
@@ -96,18 +103,26 @@ class BetterSplit:
 
     layers: tuple[int, ...]
     flags: str
+    replaced: tuple[str, ...]
+    """Flags of the run that these take the place of: leave them out."""
+
     saved: float
     """Share of the run's time that it saves, as FLOPs and pipeline have it."""
 
 
 @dataclass(frozen=True)
-class TimePlan:
-    """How long the run takes."""
+class WorkPlan:
+    """What the run does."""
 
     iterations: int
     tokens: int
     flops_per_iteration: float
     """Model FLOPs of all ranks: recomputation and teacher not counted."""
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """How long that takes."""
 
     tflops_per_device: float
     """Model TFLOP/s of each device, without the teacher."""
@@ -128,6 +143,9 @@ class DataPlan:
     present: dict[str, int | None]
     """None where it cannot be counted here."""
 
+    epochs: dict[str, float | None]
+    """How often the data set is read that is read most often."""
+
     is_made_up: bool
     """With --mock-data, of which there is always enough."""
 
@@ -145,6 +163,7 @@ class RunPlan:
     for_gpu: bool
     stages: tuple[StagePlan, ...]
     teacher: TeacherPlan | None
+    work: WorkPlan
     time: TimePlan | None
     """None where no speed is known: on CPU with nothing measured."""
 
@@ -153,3 +172,11 @@ class RunPlan:
     better_split: BetterSplit | None
     warnings: tuple[str, ...]
     not_planned: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON's values, each stage's peaks before and after S_stop among them."""
+        values = asdict(self)
+        for written, stage in zip(values["stages"], self.stages, strict=True):
+            memory = stage.memory
+            written["memory"].update(before_stop=memory.before_stop, after_stop=memory.after_stop)
+        return values

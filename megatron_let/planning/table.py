@@ -10,7 +10,7 @@ GIB = 2**30
 
 _HEADINGS = (
     *("stage", "ranks", "layers", "parameters", "weights", "gradients", "optimizer", "activations"),
-    *("teacher", "in its work", "states", "before S_stop", "after", "TFLOP"),
+    *("teacher", "in its work", "states", "before S_stop", "after", "TFLOP before", "after"),
 )
 
 
@@ -19,7 +19,7 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
     yield f"{plan.world_size} ranks: " + ", ".join(f"{name} {size}" for name, size in plan.layout.items())
     yield f"student: {plan.parameters:,} parameters, vocabulary padded to {plan.padded_vocab_size:,}"
     yield ""
-    yield "one rank of each pipeline stage; memory in GiB, TFLOP of one microbatch without the teacher"
+    yield "one rank of each pipeline stage; memory in GiB, TFLOP of one microbatch, before and after S_stop"
     yield from _columns([_HEADINGS, *(_row(stage) for stage in plan.stages)])
     if plan.teacher is not None:
         yield ""
@@ -42,7 +42,7 @@ def _row(stage: StagePlan) -> tuple[str, ...]:
         _numbers(stage.layers),
         f"{stage.parameters:,}",
         *(f"{size / GIB:.2f}" for size in (*sizes, *teacher, *peaks)),
-        f"{stage.flops / 1e12:.2f}",
+        *(f"{flops / 1e12:.2f}" for flops in (stage.flops + stage.teacher_flops, stage.flops)),
     )
 
 
@@ -64,17 +64,23 @@ def _teacher(teacher: TeacherPlan) -> Iterator[str]:
         f"{teacher.weights_bytes / GIB:.2f} GiB, {teacher.flops_per_token / 1e9:.2f} GFLOP a token, "
         f"{teacher.share_of_flops:.1%} of the student's work"
     )
-    shares = ", ".join(f"{who} {ratio - 1:+.1%}" for who, ratio in teacher.slowdown.items())
+    shares = ", ".join(
+        f"{who} {ratio - 1:+.1%}" + ("" if who in teacher.allowed else " (planned only)")
+        for who, ratio in teacher.slowdown.items()
+    )
     yield f"  time of an iteration, by who computes the teacher (--let-share-teacher, here {teacher.share}): {shares}"
 
 
 def _run(plan: RunPlan) -> Iterator[str]:
-    time, data = plan.time, plan.data
+    work, time, data = plan.work, plan.time, plan.data
+    yield (
+        f"work: {work.iterations:,} iterations, {work.tokens:,} tokens; {work.flops_per_iteration:.4g} FLOP an "
+        "iteration on all ranks, recomputation and teacher not counted"
+    )
     if time is not None:
         guided = time.seconds_per_iteration_with_teacher
         yield (
-            f"time: {time.days:.2f} days for {time.iterations:,} iterations, {time.tokens:,} tokens; "
-            f"{time.seconds_per_iteration:.3g} s an iteration"
+            f"time: {time.days:.2f} days; {time.seconds_per_iteration:.3g} s an iteration"
             + ("" if guided is None else f", {guided:.3g} s with the teacher")
             + f", at {time.tflops_per_device:.4g} TFLOP/s a device ({time.source})"
         )
@@ -82,14 +88,16 @@ def _run(plan: RunPlan) -> Iterator[str]:
         present = data.present[split]
         there = "made up" if data.is_made_up else "not counted: see the warnings"
         there = there if present is None else f"{present:,} present"
-        epochs = f", {needed / present:.2f} epochs" if present else ""
+        epochs = data.epochs[split]
+        read = "" if epochs is None else f", {epochs:.2f} epochs of the data set that is read most often"
         if needed:
-            yield f"data: {split} needs {needed:,} tokens, {there}{epochs}"
+            yield f"data: {split} needs {needed:,} tokens, {there}{read}"
     yield f"checkpoint: {plan.checkpoint_bytes / GIB:.2f} GiB each"
     better = plan.better_split
     if better is not None:
         layers = ",".join(str(count) for count in better.layers)
-        yield f"better split: {better.flags} (layers {layers}) saves {better.saved:.1%} of the run's time"
+        replaced = f" in place of {' '.join(better.replaced)}" if better.replaced else ""
+        yield f"better split: {better.flags}{replaced} (layers {layers}) saves {better.saved:.1%} of the run's time"
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -24,14 +24,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+# Products that torch's table of FLOPs lacks -> those of the same shapes.
+_COUNTED_AS = {torch.ops.aten.addmm_: torch.ops.aten.addmm}
+
 
 class Tracer(TorchDispatchMode):
     """Counts live bytes and the FLOPs of matrix products of all operations inside the context."""
 
-    def __init__(self, device_type: str = "meta") -> None:
-        """Start at nothing; only memory of this kind of device counts."""
+    def __init__(self, device_type: str = "meta", *, num_shares: int = 1) -> None:
+        """Start at nothing; only memory of this kind of device counts. Of keys there are `num_shares` times as many."""
         super().__init__()
-        self._device_type = device_type
+        self._device_type, self._num_shares = device_type, num_shares
         self.live_bytes = 0
         self.peak_bytes = 0
         self.flops = 0.0
@@ -50,7 +53,7 @@ class Tracer(TorchDispatchMode):
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor) and value.device.type == self._device_type:
                 self.see(value)
-        packet = func.overloadpacket
+        packet = _COUNTED_AS.get(func.overloadpacket, func.overloadpacket)
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
         return result
@@ -86,9 +89,10 @@ class Tracer(TorchDispatchMode):
 
         Returns [b, n, s, d] in the memory order [b, s, n, d] as torch's flash attention does, and keeps what that keeps:
         query, key, value, the result and one fp32 number a row (arXiv 2205.14135, algorithm 1). FLOPs are those of a
-        causal attention, half the square; backward counts twice the forward.
+        causal attention over the keys of all context-parallel shares, half the square; backward counts twice the forward.
         """
-        forward_flops = 2.0 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1]) / 2
+        num_keys = key.shape[-2] * self._num_shares
+        forward_flops = 2.0 * query[..., 0].numel() * num_keys * (query.shape[-1] + value.shape[-1]) / 2
         context: torch.Tensor = _FusedAttention.apply(
             query, key, value, attn_mask, self._count, forward_flops
         )
@@ -99,10 +103,10 @@ class Tracer(TorchDispatchMode):
 
 
 @contextmanager
-def traced() -> Iterator[Tracer]:
-    """Trace what runs on the meta device inside the context, with fused attention."""
+def traced(*, num_shares: int = 1) -> Iterator[Tracer]:
+    """Trace what runs on the meta device inside the context, with fused attention; see Tracer."""
     with (
-        Tracer() as tracer,
+        Tracer(num_shares=num_shares) as tracer,
         patch.object(F, "scaled_dot_product_attention", tracer.attend),
         patch.object(torch, "autocast", _autocast),
     ):

@@ -18,7 +18,7 @@ from megatron_let.data.identity import data_identity
 from megatron_let.data.manifest import read_manifest
 from megatron_let.errors import ConfigError
 from megatron_let.log import LOGGER
-from megatron_let.mcore.datasets import DataSplits, sample_origin, split_parts, training_weights
+from megatron_let.mcore.datasets import DataSplits, blend_weights, sample_origin, split_parts
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.plain_json import shown
 
@@ -70,7 +70,7 @@ def with_order(record: DataRecord, data: DataSplits) -> DataRecord:
 
 def _record(config: RunConfig) -> DataRecord:
     sections: dict[str, Any] = config.to_dict()
-    weights = training_weights(config)
+    weights = blend_weights(config, "training")
     return DataRecord(
         settings={f"--{name.replace('_', '-')}": sections[section][name] for section, name in _SETTINGS},
         weights=weights and [round(weight / sum(weights), 12) for weight in weights],

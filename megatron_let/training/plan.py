@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
+
+import torch
 
 from megatron_let.config.batches import (
     batch_plan,
@@ -12,30 +15,29 @@ from megatron_let.config.batches import (
     train_iterations,
     virtual_pipeline_size,
 )
-from megatron_let.config.checks.rules import Packages
+from megatron_let.config.checks.let import ALLOWED_NOW
 from megatron_let.config.derive import resolve
 from megatron_let.config.run_config import RunConfig
 from megatron_let.config.validate import problems
 from megatron_let.data.indexed import count_tokens
-from megatron_let.errors import ConfigError
-from megatron_let.mcore.datasets import split_parts
+from megatron_let.errors import ConfigError, MissingFilesError
+from megatron_let.mcore.datasets import blend_weights, split_parts
 from megatron_let.mcore.transformer_config import compute_dtype
-from megatron_let.planning.flops import PEAK_BF16_TFLOPS, peak_flops, training_flops_per_token
+from megatron_let.planning.flops import GPUS, Gpu, gpu_of, training_flops_per_token
 from megatron_let.planning.pipeline import SHARES, Pipeline
-from megatron_let.planning.plan import BetterSplit, DataPlan, RunPlan, StagePlan, TeacherPlan, TimePlan
+from megatron_let.planning.plan import DataPlan, RunPlan, StagePlan, TeacherPlan, TimePlan, WorkPlan
 from megatron_let.training.data_needs import build_run_tokenizer, sample_counts
 from megatron_let.training.let_record import stop_of_run, student_layer_of_run
+from megatron_let.training.plan_split import ANYWHERE, better_split, traced_pipeline
 from megatron_let.training.split_checks import usable_counts_alone
 from megatron_let.training.stage_trace import TracedRun, TracedTeacher, teacher_vocab_size, trace_stage
 from megatron_let.training.state import TrainingState
-
-# A plan is made where the run is not: its kernels need not be here.
-ANYWHERE = Packages(transformer_engine=True, apex=True)
-
-# A split is proposed when it saves more than this share of an iteration.
-_WORTH_SAYING = 0.01
+from megatron_let.training.teachers import teacher_dtype
 
 DEFAULT_MFU = 0.4
+
+# Share of a GPU's memory from which on a warning is due: what a plan leaves out takes the rest.
+FULL = 0.9
 
 GIB = 2**30
 
@@ -54,7 +56,9 @@ class PlanSettings:
 
     world_size: int
     gpu: str = "A100"
-    gpu_memory_gib: float = 80.0
+    gpu_memory_gib: float | None = None
+    """None: what the maker of the GPU states."""
+
     mfu: float | None = None
     """Share of the GPU's peak that the run reaches without the teacher, as its log says; None: `DEFAULT_MFU`."""
 
@@ -72,15 +76,18 @@ def make_plan(config: RunConfig, settings: PlanSettings) -> RunPlan:
     Raises:
         ConfigError: it could not start as it is; a PlanProblemsError holds all that is wrong.
     """
-    vocab_size, speed, warnings = _check(config, settings)
+    vocab_size, gpu, warnings = _check(config, settings)
     config = resolve(config, settings.world_size, ANYWHERE)
     run = _traced_run(config, settings.world_size, vocab_size)
     num_stages = config.transformer.pipeline_model_parallel_size
     traces = [trace_stage(run, stage) for stage in range(num_stages)]
     stages = tuple(stage for stage, _ in traces)
-    pipeline = _pipeline(config, run, stages)
-    traced = next((teacher for _, teacher in traces if teacher is not None), None)
-    teacher = None if traced is None else _teacher_plan(run, stages, pipeline, traced)
+    pipeline = traced_pipeline(run, stages)
+    teacher = next(
+        (_teacher_plan(run, owner, pipeline, traced) for owner, traced in traces if traced is not None), None
+    )
+    memory = gpu.memory if settings.gpu_memory_gib is None else settings.gpu_memory_gib
+    room = FULL * memory * GIB if run.for_gpu else math.inf
     return RunPlan(
         world_size=settings.world_size,
         layout=_layout(config, settings.world_size),
@@ -89,17 +96,18 @@ def make_plan(config: RunConfig, settings: PlanSettings) -> RunPlan:
         for_gpu=run.for_gpu,
         stages=stages,
         teacher=teacher,
-        time=None if speed is None else _time_plan(run, teacher, *speed),
+        work=_work_plan(run),
+        time=_time_plan(run, teacher, gpu, settings) if run.for_gpu else None,
         data=_data_plan(config, settings.world_size, warnings),
         checkpoint_bytes=_checkpoint_bytes(config, stages),
-        better_split=_better_split(run, pipeline, stages, teacher),
-        warnings=(*warnings, *_memory_warnings(run, stages, settings), *_teacher_warnings(teacher)),
+        better_split=better_split(run, pipeline, stages, teacher, room=room),
+        warnings=(*warnings, *_memory_warnings(stages, room), *_teacher_warnings(teacher)),
         not_planned=_not_planned(config, run),
     )
 
 
-def _check(config: RunConfig, settings: PlanSettings) -> tuple[int, tuple[float, str] | None, list[str]]:
-    """Return vocabulary, speed and warnings, or raise PlanProblemsError with all that is wrong."""
+def _check(config: RunConfig, settings: PlanSettings) -> tuple[int, Gpu, list[str]]:
+    """Return vocabulary, GPU and warnings, or raise PlanProblemsError with all that is wrong."""
     found: list[str] = []
     warnings: list[str] = []
 
@@ -115,7 +123,7 @@ def _check(config: RunConfig, settings: PlanSettings) -> tuple[int, tuple[float,
     if settings.world_size < 1:
         raise ConfigError(f"--world-size {settings.world_size}: a run has at least one rank")
     found += [str(problem) for problem in problems(config, settings.world_size, ANYWHERE)]
-    speed = attempt(lambda: _speed(config, settings))
+    gpu = attempt(lambda: _gpu(settings))
     has_tokenizer = config.tokenizer.tokenizer_type is not None
     vocab_size = attempt(lambda: _vocab_size(config, warnings)) if has_tokenizer else None
     teacher_size = attempt(lambda: teacher_vocab_size(config)) if config.let.is_on else None
@@ -124,16 +132,16 @@ def _check(config: RunConfig, settings: PlanSettings) -> tuple[int, tuple[float,
             f"the student's token ids reach {vocab_size - 1} but the teacher knows ids up to {teacher_size - 1}; "
             "student and teacher must use the same tokenizer"
         )
-    if found or vocab_size is None:
+    if found or vocab_size is None or gpu is None:
         raise PlanProblemsError(found)
-    return vocab_size, speed, warnings
+    return vocab_size, gpu, warnings
 
 
 def _vocab_size(config: RunConfig, warnings: list[str]) -> int:
     """Return the ids of the tokenizer; where its files are not here, those that --vocab-size states."""
     try:
         return build_run_tokenizer(config).vocab_size
-    except ConfigError as problem:
+    except MissingFilesError as problem:
         stated = config.model.vocab_size
         if stated is None:
             raise ConfigError(
@@ -178,33 +186,18 @@ def _layout(config: RunConfig, world_size: int) -> dict[str, int]:
     }
 
 
-def _pipeline(config: RunConfig, run: TracedRun, stages: Sequence[StagePlan]) -> Pipeline:
-    """Return the pipeline with the costs that were traced; layers cost alike, the output layer its matrix product."""
-    transformer, plan = config.transformer, batch_plan(config, run.world_size)
-    tokens = plan.micro_batch_size * config.model.seq_length / transformer.context_parallel_size
-    columns = run.padded_vocab_size / transformer.tensor_model_parallel_size
-    head = 3 * 2 * tokens * transformer.hidden_size * columns
-    first = stages[0].flops - (head if stages[0].has_head else 0)
-    return Pipeline(
-        layers=tuple(len(stage.layers) for stage in stages),
-        layer=first / len(stages[0].layers),
-        head=head,
-        num_microbatches=plan.full // (plan.micro_batch_size * plan.data_parallel_size),
-        num_chunks=virtual_pipeline_size(config) or 1,
-    )
-
-
 def _teacher_plan(
-    run: TracedRun, stages: Sequence[StagePlan], pipeline: Pipeline, teacher: TracedTeacher
+    run: TracedRun, owner: StagePlan, pipeline: Pipeline, teacher: TracedTeacher
 ) -> TeacherPlan:
     config, layer = run.config, student_layer_of_run(run.config)
-    stage, tensor = pipeline.owner(layer), config.transformer.tensor_model_parallel_size
-    flops, share = stages[stage].teacher_flops, config.let.let_share_teacher
+    tensor = config.transformer.tensor_model_parallel_size
+    flops, share = owner.teacher_flops, config.let.let_share_teacher
+    alone = pipeline.stages()
     costs = pipeline.stages(flops if share == "none" else flops / tensor, layer)
     return TeacherPlan(
         description=teacher.description,
         student_layer=layer,
-        stage=stage,
+        stage=owner.stage,
         stop_iteration=stop_of_run(config.let, train_iterations(config, run.world_size))[0],
         weights_bytes=teacher.weights,
         flops_per_token=teacher.flops_per_token,
@@ -213,71 +206,47 @@ def _teacher_plan(
             share: pipeline.slowdown(flops, layer, share=share, tensor_size=tensor) for share in SHARES
         },
         share=share,
-        is_bottleneck=share != "tensor-pipeline" and costs[stage] > max(pipeline.stages()),
+        allowed=ALLOWED_NOW["let_share_teacher"],
+        is_on_slowest=len(alone) > 1 and alone[owner.stage] == max(alone),
+        is_bottleneck=len(alone) > 1 and share != "tensor-pipeline" and costs[owner.stage] > max(alone),
     )
 
 
-def _better_split(
-    run: TracedRun, pipeline: Pipeline, stages: Sequence[StagePlan], teacher: TeacherPlan | None
-) -> BetterSplit | None:
-    """Return the split whose run takes least time, before and after S_stop together, if it is worth a word."""
-    if len(stages) == 1:
-        return None
-    tensor = run.config.transformer.tensor_model_parallel_size
-
-    def cost(split: Pipeline) -> float:
-        plain = split.iteration(split.stages())
-        if teacher is None:
-            return plain
-        flops = stages[teacher.stage].teacher_flops
-        slowdown = split.slowdown(flops, teacher.student_layer, share=teacher.share, tensor_size=tensor)
-        guided = teacher.stop_iteration / train_iterations(run.config, run.world_size)
-        return plain * (1 + guided * (slowdown - 1))
-
-    best = min(pipeline.other_splits(), key=cost, default=pipeline)
-    saved = 1 - cost(best) / cost(pipeline)
-    if saved < _WORTH_SAYING:
-        return None
-    flags = (
-        f"--decoder-first-pipeline-num-layers {best.layers[0]} "
-        f"--decoder-last-pipeline-num-layers {best.layers[-1]}"
-    )
-    return BetterSplit(best.layers, flags, saved)
+def _gpu(settings: PlanSettings) -> Gpu:
+    """Return the GPU; what is said of its speed must be possible."""
+    gpu = gpu_of(settings.gpu)
+    if gpu is None:
+        raise ConfigError(f"--gpu {settings.gpu} is none of {', '.join(GPUS)}; give one of them")
+    if settings.mfu is not None and not 0 < settings.mfu <= 1:
+        raise ConfigError(f"--mfu {settings.mfu} is a share of the peak: above 0 and at most 1")
+    return gpu
 
 
-def _speed(config: RunConfig, settings: PlanSettings) -> tuple[float, str] | None:
-    """Return TFLOP/s of a device and where the number comes from; None on CPU, whose peak is not known."""
-    peak = peak_flops(settings.gpu)
-    if peak is None:
-        raise ConfigError(f"--gpu {settings.gpu} is none of {', '.join(PEAK_BF16_TFLOPS)}; give one of them")
-    mfu = DEFAULT_MFU if settings.mfu is None else settings.mfu
-    if not 0 < mfu <= 1:
-        raise ConfigError(f"--mfu {mfu} is a share of the peak: above 0 and at most 1")
-    how = "stated" if settings.mfu is not None else "assumed: give a measured one"
-    source = f"--mfu {mfu:g} {how}, of {settings.gpu}'s {peak / 1e12:g}"
-    return (mfu * peak / 1e12, source) if _is_for_gpu(config) else None
-
-
-def _time_plan(run: TracedRun, teacher: TeacherPlan | None, tflops: float, source: str) -> TimePlan:
+def _work_plan(run: TracedRun) -> WorkPlan:
     config, plan = run.config, batch_plan(run.config, run.world_size)
     iterations, length = train_iterations(config, run.world_size), config.model.seq_length
-    flops_per_token = training_flops_per_token(config, run.padded_vocab_size)
-    tokens = plan.samples_of_iterations(iterations) * length
-    per_second = run.world_size * tflops * 1e12 / flops_per_token  # tokens
-    seconds, guided, extra = plan.full * length / per_second, None, 0.0
+    flops = training_flops_per_token(config, run.padded_vocab_size) * plan.full * length
+    return WorkPlan(iterations, plan.samples_of_iterations(iterations) * length, flops)
+
+
+def _time_plan(run: TracedRun, teacher: TeacherPlan | None, gpu: Gpu, settings: PlanSettings) -> TimePlan:
+    plan, work = batch_plan(run.config, run.world_size), _work_plan(run)
+    mfu = DEFAULT_MFU if settings.mfu is None else settings.mfu
+    how = "stated" if settings.mfu is not None else "assumed: give a measured one"
+    tflops = mfu * gpu.bf16_tflops
+    seconds = work.flops_per_iteration / (run.world_size * tflops * 1e12)
+    batch = plan.full * run.config.model.seq_length  # tokens
+    guided, extra = None, 0.0
     if teacher is not None:
         guided = seconds * teacher.slowdown[teacher.share]
-        tokens_guided = plan.samples_of_iterations(teacher.stop_iteration) * length
-        extra = tokens_guided / per_second * (teacher.slowdown[teacher.share] - 1)
+        tokens = plan.samples_of_iterations(teacher.stop_iteration) * run.config.model.seq_length
+        extra = tokens / batch * (guided - seconds)
     return TimePlan(
-        iterations=iterations,
-        tokens=tokens,
-        flops_per_iteration=flops_per_token * plan.full * length,
         tflops_per_device=tflops,
-        source=source,
+        source=f"--mfu {mfu:g} {how}, of {settings.gpu}'s {gpu.bf16_tflops:g}",
         seconds_per_iteration=seconds,
         seconds_per_iteration_with_teacher=guided,
-        days=(tokens / per_second + extra) / 86_400,
+        days=(work.tokens / batch * seconds + extra) / 86_400,
     )
 
 
@@ -291,14 +260,24 @@ def _data_plan(config: RunConfig, world_size: int, warnings: list[str]) -> DataP
         "test": counts.test * length,
     }
     present: dict[str, int | None] = dict.fromkeys(needed)
+    epochs: dict[str, float | None] = dict.fromkeys(needed)
     if not config.data.mock_data:
         try:
             for split, parts in split_parts(config).items():
-                present[split] = sum(count_tokens(*part) for part in parts)
+                sizes = [count_tokens(*part) for part in parts]
+                present[split] = sum(sizes)
+                if sizes and all(sizes):
+                    epochs[split] = _most_epochs(needed[split], sizes, blend_weights(config, split))
             usable_counts_alone(config, counts)
         except ConfigError as problem:
             warnings.append(f"data: {problem}")
-    return DataPlan(needed, present, is_made_up=config.data.mock_data)
+    return DataPlan(needed, present, epochs, is_made_up=config.data.mock_data)
+
+
+def _most_epochs(needed: int, sizes: Sequence[int], weights: Sequence[float] | None) -> float:
+    """Return the largest number of epochs of a data set when `needed` tokens are read by weight, or by size."""
+    shares = sizes if weights is None else weights
+    return needed / sum(shares) * max(share / size for share, size in zip(shares, sizes, strict=True))
 
 
 def _checkpoint_bytes(config: RunConfig, stages: Sequence[StagePlan]) -> int:
@@ -311,26 +290,28 @@ def _checkpoint_bytes(config: RunConfig, stages: Sequence[StagePlan]) -> int:
     return parameters * per_parameter
 
 
-def _memory_warnings(run: TracedRun, stages: Sequence[StagePlan], settings: PlanSettings) -> list[str]:
-    if not run.for_gpu:
-        return []
-    limit = settings.gpu_memory_gib
+def _memory_warnings(stages: Sequence[StagePlan], room: float) -> list[str]:
+    limit = room / FULL / GIB
     return [
-        f"stage {stage.stage} needs {stage.memory.before_stop / GIB:.1f} GiB of the {limit:g} GiB of a GPU: more tensor "
-        "or pipeline ranks, a smaller --micro-batch-size or --recompute-granularity full take less"
+        f"stage {stage.stage} needs {stage.memory.before_stop / GIB:.1f} GiB of the {limit:g} GiB of a GPU, and what is not "
+        "planned comes on top: more tensor or pipeline ranks, a smaller --micro-batch-size or --recompute-granularity full "
+        "take less"
         for stage in stages
-        if stage.memory.before_stop > limit * GIB
+        if stage.memory.before_stop > room
     ]
 
 
 def _teacher_warnings(teacher: TeacherPlan | None) -> list[str]:
     if teacher is None or not teacher.is_bottleneck:
         return []
-    slowdown = teacher.slowdown
+    slowdown, planned = teacher.slowdown, "" if "tensor" in teacher.allowed else ", planned only"
+    where = f"stage {teacher.stage}, which the teacher makes the slowest"
+    if teacher.is_on_slowest:
+        where = f"the slowest stage, {teacher.stage}, and the teacher slows it down"
     return [
-        f"layer k = {teacher.student_layer} is on stage {teacher.stage}, which the teacher makes the slowest: "
+        f"layer k = {teacher.student_layer} is on {where}: "
         f"{slowdown[teacher.share] - 1:+.0%} time an iteration until S_stop (work shared over the tensor-parallel ranks "
-        f"{slowdown['tensor'] - 1:+.0%})"
+        f"{slowdown['tensor'] - 1:+.0%}{planned})"
     ]
 
 
@@ -342,6 +323,12 @@ def _not_planned(config: RunConfig, run: TracedRun) -> tuple[str, ...]:
         more.append("Transformer Engine's layers: planned with the stock ones, which keep nearly the same")
     if config.transformer.attention_dropout and not run.for_gpu:
         more.append("attention dropout on CPU, where PyTorch keeps the scores")
+    if run.for_gpu and compute_dtype(config) is torch.float32:
+        more.append("fp32's own speed: time is that of bf16's peak, which fp32 does not come near")
+    elif run.for_gpu and config.let.is_on and teacher_dtype(config) is torch.float32:
+        more.append(
+            "the fp32 teacher's own speed: its time is that of bf16's peak, which fp32 does not come near"
+        )
     if config.data.reset_attention_mask and config.let.is_on:
         more.append("documents: the teacher is planned on whole rows")
     return (*NOT_PLANNED, *more)

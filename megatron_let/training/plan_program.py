@@ -6,13 +6,12 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from megatron_let.data.program import ProgramParser, run_program
 from megatron_let.errors import EXIT_DONE
 from megatron_let.log import LOGGER
-from megatron_let.planning.flops import PEAK_BF16_TFLOPS
+from megatron_let.planning.flops import GPUS
 from megatron_let.planning.table import plan_lines
 from megatron_let.training.arguments import parse_arguments
 from megatron_let.training.plan import PlanSettings, make_plan
@@ -32,13 +31,12 @@ def planned_run(argv: Sequence[str], *, description: str | None) -> Iterator[str
     parser.add_argument(
         "--world-size", type=int, default=default.world_size, help="ranks of the run (default: 1)"
     )
-    gpus = ", ".join(PEAK_BF16_TFLOPS)
+    gpus = ", ".join(GPUS)
     parser.add_argument("--gpu", default=default.gpu, help=f"one of {gpus} (default: {default.gpu})")
     parser.add_argument(
         "--gpu-memory-gib",
         type=float,
-        default=default.gpu_memory_gib,
-        help="of one GPU (default: %(default)g)",
+        help="of one GPU (default: as its maker states it)",
     )
     parser.add_argument(
         "--mfu", type=float, help="share of the GPU's peak that the run reaches (default: 0.4)"
@@ -48,7 +46,7 @@ def planned_run(argv: Sequence[str], *, description: str | None) -> Iterator[str
     settings = PlanSettings(own.world_size, own.gpu, own.gpu_memory_gib, own.mfu)
     plan = make_plan(parse_arguments(words), settings)
     if own.json is not None:
-        Path(own.json).write_text(json.dumps(asdict(plan), indent=1) + "\n", encoding="utf-8")
+        Path(own.json).write_text(json.dumps(plan.to_dict(), indent=1) + "\n", encoding="utf-8")
     yield from plan_lines(plan)
 
 

@@ -26,6 +26,7 @@ from megatron_let.mcore.layer_tap import find_layer
 from megatron_let.mcore.meta_rank import (
     META,
     MetaContext,
+    forget_rotary_angles,
     gradient_buffers,
     meta_rank,
     plain_layers,
@@ -90,7 +91,7 @@ def trace_stage(run: TracedRun, stage: int) -> tuple[StagePlan, TracedTeacher | 
     Raises:
         ConfigError: megatron-core refuses the settings, or the teacher cannot be built.
     """
-    config = plain_layers(run.config)
+    config = plain_layers(run.config, is_on_gpu=run.for_gpu)
     transformer = config.transformer
     num_ranks = run.world_size // transformer.pipeline_model_parallel_size
     first = stage * num_ranks
@@ -136,9 +137,10 @@ def _trace(
 ) -> Tracer:
     """Run one iteration's schedule; weights, gradients and the teacher's weights are not counted."""
     step = ForwardStep(config, context, _NO_EOD, alignment)
+    forget_rotary_angles()
     for chunk in student.chunks:
         chunk.zero_grad_buffer()
-    with traced() as tracer:
+    with traced(num_shares=context.cp_size) as tracer:
         held = [parameter for chunk in student.chunks for parameter in chunk.parameters()]
         if alignment is not None and alignment.teacher is not None:
             held += alignment.teacher.parameters()

@@ -109,6 +109,12 @@ def message_of(config: RunConfig, world_size: int) -> str:
             "layers of a stage 4 is not a multiple of --num-layers-per-virtual-pipeline-stage 3",
         ),
         (
+            f"{PP2} --num-virtual-stages-per-pipeline-rank 2 --decoder-first-pipeline-num-layers 6 "
+            "--decoder-last-pipeline-num-layers 2",
+            2,
+            "of two interleaved stages say the same thing; leave one out",
+        ),
+        (
             f"{PP2} --num-virtual-stages-per-pipeline-rank 3",
             2,
             "layers of a stage 4 is not a multiple of --num-virtual-stages-per-pipeline-rank 3",

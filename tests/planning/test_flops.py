@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_let.config.derive import resolve
-from megatron_let.planning.flops import PEAK_BF16_TFLOPS, peak_flops, training_flops_per_token
+from megatron_let.planning.flops import gpu_of, peak_flops, training_flops_per_token
 from megatron_let.testing.hf_students import NUM_HEADS, NUM_LAYERS, STUDENTS, StudentFamily, empty_twin
 from megatron_let.testing.training import TINY_STUDENT, arguments
 from megatron_let.training.arguments import parse_arguments
@@ -45,16 +45,19 @@ def test_a_padded_vocabulary_is_computed_and_so_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "teraflops"),
+    ("device", "gpu"),
     [
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA H100 80GB HBM3", 989.0),
-        ("NVIDIA GH200 480GB", 989.0),  # holds the name of no H200 by accident: the longest name counts
-        ("NVIDIA GB200", 2250.0),
+        ("NVIDIA A100-SXM4-80GB", (312.0, 80.0)),
+        ("NVIDIA H100 80GB HBM3", (989.0, 80.0)),
+        (
+            "NVIDIA GH200 480GB",
+            (989.0, 96.0),
+        ),  # holds the name of no H200 by accident: the longest name counts
+        ("NVIDIA GB200", (2250.0, 186.0)),
         ("NVIDIA GeForce RTX 4090", None),
         ("", None),
     ],
 )
-def test_peaks_are_found_by_the_name_of_the_device(device: str, teraflops: float | None) -> None:
-    assert peak_flops(device) == (None if teraflops is None else teraflops * 1e12)
-    assert all(value > 0 for value in PEAK_BF16_TFLOPS.values())
+def test_gpus_are_found_by_the_name_of_the_device(device: str, gpu: tuple[float, float] | None) -> None:
+    assert gpu_of(device) == gpu
+    assert peak_flops(device) == (None if gpu is None else gpu[0] * 1e12)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,16 @@ import pytest
 
 import pretrain_let
 from megatron_let.config.batches import padded_vocab_size
+from megatron_let.config.checks.let import ALLOWED_NOW
 from megatron_let.entry import RunReport
 from megatron_let.log import LOGGER
 from megatron_let.planning.flops import training_flops_per_token
-from megatron_let.planning.plan import RunPlan
-from megatron_let.planning.table import plan_lines
+from megatron_let.planning.table import GIB, plan_lines
 from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.training import TINY_STUDENT, arguments, train
 from megatron_let.training.arguments import parse_arguments
-from megatron_let.training.plan import PlanProblemsError, PlanSettings, make_plan
+from tests.training.planned import MOCK, plan_of, problems_of
 
-MOCK = {"--mock-data": None}
 PIPELINE = {"--pipeline-model-parallel-size": 2}
 TENSOR = {"--tensor-model-parallel-size": 2}
 FULL = {"--recompute-granularity": "full", "--recompute-method": "uniform", "--recompute-num-layers": 1}
@@ -54,20 +55,11 @@ def described_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def plan_of(changes: dict[str, Any], world_size: int = 1, **settings: Any) -> RunPlan:
-    return make_plan(parse_arguments(arguments(TINY_STUDENT, changes)), PlanSettings(world_size, **settings))
-
-
-def problems_of(changes: dict[str, Any], world_size: int = 1, **settings: Any) -> list[str]:
-    with pytest.raises(PlanProblemsError) as caught:
-        plan_of(changes, world_size, **settings)
-    return str(caught.value).split("\nerror: ")
-
-
 @pytest.mark.parametrize(
     ("world_size", "changes"),
     [
         (1, {"--fp16": None, "--check-for-large-grads": None}),
+        (1, {"--distributed-backend": "gloo"}),  # weight gradients are added in place
         (4, {**TENSOR, **PIPELINE}),
         (4, {**TENSOR, "--sequence-parallel": None, "--context-parallel-size": 2}),
         (2, {**PIPELINE, "--num-virtual-stages-per-pipeline-rank": 2}),
@@ -82,6 +74,15 @@ def test_the_stages_together_do_the_work_of_the_student(world_size: int, changes
     expected = tokens * training_flops_per_token(config, plan.padded_vocab_size)
     assert plan.padded_vocab_size == padded_vocab_size(61, 24, plan.layout["tensor"])
     assert sum(stage.flops for stage in plan.stages) * sharing == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("share", [2, 4])
+def test_context_parallel_ranks_keep_their_own_share_of_the_sequence(share: int) -> None:
+    alone = plan_of({**MOCK, "--seq-length": 64}).stages[0].memory
+    flags = {**MOCK, "--seq-length": 64 * share, "--context-parallel-size": share}
+    memory = plan_of(flags, share).stages[0].memory
+    # beside the share a rank holds the angles of the whole row
+    assert memory.activations == pytest.approx(alone.activations, rel=0.02)
 
 
 def test_full_recompute_does_each_layer_s_forward_twice() -> None:
@@ -108,6 +109,13 @@ def test_a_teacher_needs_no_weights(described_teacher: Path, tmp_path: Path) -> 
     assert middle.teacher.weights_bytes == 4 * (61 * 48 + 4 * layer + 48)
 
 
+def test_the_angles_of_the_positions_are_there_with_and_without_a_teacher(described_teacher: Path) -> None:
+    angles = 4 * 2048 * 384  # far more than the teacher's work takes
+    wide = {"--num-layers": 1, "--hidden-size": 1536, "--ffn-hidden-size": 2048, "--seq-length": 2048}
+    memory = plan_of({**MOCK, **wide, "--let-teacher-load": described_teacher}).stages[0].memory
+    assert 0 < memory.teacher_peak < angles
+
+
 def test_a_checkpoint_is_a_teacher_too(megatron_teacher: Path, tmp_path: Path) -> None:
     described = tmp_path / "teacher"
     shutil.copytree(megatron_teacher, described, ignore=shutil.ignore_patterns("*.distcp"))
@@ -125,6 +133,7 @@ def test_a_teacher_on_the_slowest_stage_is_told_and_a_better_split_helps(describ
     assert plan.time is not None
     assert plan.better_split is not None
     assert plan.teacher.is_bottleneck
+    assert not plan.teacher.is_on_slowest
     assert any(
         "layer k = 2 is on stage 0, which the teacher makes the slowest" in line for line in plan.warnings
     )
@@ -145,6 +154,47 @@ def test_a_teacher_elsewhere_than_on_the_slowest_stage_is_not_warned_of(teacher:
     assert not any("slowest" in line for line in plan.warnings)
 
 
+def test_a_teacher_on_a_stage_that_was_the_slowest_does_not_make_it_so(teacher: Path) -> None:
+    flags = {**MOCK, **PIPELINE, "--decoder-first-pipeline-num-layers": 3, "--let-teacher-load": teacher}
+    (warning,) = plan_of({**flags, "--let-student-layer": 1}, 2).warnings
+    assert warning.startswith("layer k = 1 is on the slowest stage, 0, and the teacher slows it down: +")
+
+
+def test_one_stage_is_no_bottleneck(teacher: Path) -> None:
+    plan = plan_of({**MOCK, "--let-teacher-load": teacher})
+    assert plan.teacher is not None
+    assert plan.teacher.slowdown["none"] > 1
+    assert not plan.warnings
+
+
+@pytest.mark.parametrize("allowed", [("none",), ("none", "tensor")])
+def test_what_is_planned_and_cannot_run_is_marked(
+    allowed: tuple[str, ...], teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ALLOWED_NOW, "let_share_teacher", allowed)
+    flags = {**MOCK, **PIPELINE, "--decoder-first-pipeline-num-layers": 3, "--let-teacher-load": teacher}
+    plan = plan_of({**flags, "--let-student-layer": 1}, 2)
+    (line,) = (line for line in plan_lines(plan) if "--let-share-teacher" in line)
+    shares = line.partition("): ")[2].split(", ")
+    assert [share.split()[0] for share in shares if not share.endswith("(planned only)")] == list(allowed)
+    assert plan.warnings[0].endswith("planned only)") is ("tensor" not in allowed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "fp32's own speed"),
+        ({"--bf16": None}, None),
+        ({"--bf16": None, "--let-teacher-dtype": "fp32"}, "the fp32 teacher's own speed"),
+        ({"--distributed-backend": "gloo"}, None),
+    ],
+)
+def test_fp32_at_the_peak_of_bf16_is_told(changes: dict[str, Any], told: str | None, teacher: Path) -> None:
+    plan = plan_of({**MOCK, "--let-teacher-load": teacher, **changes})
+    lines = [line.partition(":")[0] for line in plan.not_planned if "fp32" in line]
+    assert lines == ([] if told is None else [told])
+
+
 def test_time_follows_from_the_stated_speed(described_teacher: Path) -> None:
     plan = plan_of(
         {**MOCK, "--let-teacher-load": described_teacher, "--let-stop-iters": 2}, 4, mfu=0.5, gpu="H100"
@@ -152,35 +202,43 @@ def test_time_follows_from_the_stated_speed(described_teacher: Path) -> None:
     assert plan.time is not None
     assert plan.teacher is not None
     assert plan.time.tflops_per_device == 0.5 * 989
-    assert plan.time.seconds_per_iteration == pytest.approx(plan.time.flops_per_iteration / (4 * 494.5e12))
+    assert plan.time.seconds_per_iteration == pytest.approx(plan.work.flops_per_iteration / (4 * 494.5e12))
     guided = plan.time.seconds_per_iteration_with_teacher
     assert guided is not None
     assert guided == pytest.approx(plan.time.seconds_per_iteration * plan.teacher.slowdown["none"])
     assert plan.time.days * 86_400 == pytest.approx(3 * plan.time.seconds_per_iteration + 2 * guided)
-    assert plan.time.tokens == 5 * 8 * 32
-    assert plan_of({**MOCK, "--distributed-backend": "gloo"}).time is None
+    assert plan.work.tokens == 5 * 8 * 32
+    assert plan_of(MOCK).time is not None
 
 
-def test_memory_that_a_gpu_does_not_have_is_told() -> None:
-    assert not any("GiB" in line for line in plan_of(MOCK).warnings)
-    (warning,) = plan_of(MOCK, gpu_memory_gib=0.001).warnings
-    assert warning.startswith("stage 0 needs 0.0 GiB of the 0.001 GiB")
+def test_on_cpu_the_work_is_told_without_a_time() -> None:
+    plan = plan_of({**MOCK, "--distributed-backend": "gloo"})
+    flops = 8 * 32 * training_flops_per_token(parse_arguments(arguments(TINY_STUDENT, MOCK)), 72)
+    assert (plan.work.iterations, plan.work.tokens, plan.work.flops_per_iteration) == (5, 5 * 8 * 32, flops)
+    assert plan.time is None
+    lines = list(plan_lines(plan))
+    assert any(line.startswith(f"work: 5 iterations, 1,280 tokens; {flops:.4g} FLOP") for line in lines)
+    assert not any(line.startswith("time:") for line in lines)
 
 
-def test_data_are_counted(token_files: Path, tmp_path: Path) -> None:
-    flags = {"--data-path": token_files, "--split": "1,1,0", "--eval-iters": 1, "--train-iters": 200}
-    plan = plan_of(flags)
-    assert plan.data.needed == {"training": 200 * 8 * 32, "validation": 8 * 32, "test": 8 * 32}
-    total = (token_files.with_suffix(".bin")).stat().st_size // 2
-    present = plan.data.present
-    assert present["training"] is not None
-    assert present["validation"] is not None
-    assert present["training"] + present["validation"] == total
-    epochs = f"{200 * 8 * 32 / present['training']:.2f} epochs"
-    assert any(epochs in line for line in plan_lines(plan))
-    missing = plan_of({**flags, "--data-path": tmp_path / "elsewhere"})
-    assert missing.data.present["training"] is None
-    assert any("elsewhere" in line for line in missing.warnings)
+@pytest.mark.parametrize(("share", "is_told"), [(1.1, True), (0.91, True), (0.89, False)])
+def test_memory_that_a_gpu_does_not_have_is_told(share: float, is_told: bool) -> None:
+    need = plan_of(MOCK).stages[0].memory.before_stop / GIB
+    warnings = plan_of(MOCK, gpu_memory_gib=need / share).warnings
+    assert [line.startswith("stage 0 needs 0.0 GiB of the 0.00") for line in warnings] == [True] * is_told
+
+
+@pytest.mark.parametrize(("gpu", "is_told"), [("L40S", True), ("H100", True), ("H200", False)])
+def test_the_memory_is_that_of_the_gpu(gpu: str, is_told: bool) -> None:
+    wide = {
+        "--hidden-size": 4096,
+        "--ffn-hidden-size": 11008,
+        "--num-attention-heads": 32,
+        "--num-layers": 38,
+    }
+    plan = plan_of({**MOCK, **wide}, gpu=gpu)
+    assert 0.9 * 80 < plan.stages[0].memory.before_stop / GIB < 0.9 * 141
+    assert bool(plan.warnings) is is_told
 
 
 def test_a_checkpoint_has_the_planned_size(pool: RankPool, tmp_path: Path) -> None:
@@ -235,11 +293,15 @@ def test_all_that_is_wrong_is_told_at_once(teacher: Path, tmp_path: Path) -> Non
     assert "--vocab-size" in line
 
 
-def test_a_tokenizer_may_be_elsewhere(tmp_path: Path) -> None:
-    flags = {**MOCK, "--tokenizer-type": "HuggingFaceTokenizer", "--tokenizer-model": tmp_path / "nowhere"}
-    plan = plan_of({**flags, "--vocab-size": 100})
-    assert plan.padded_vocab_size == 120
-    assert any(line.startswith("planned with --vocab-size 100 and no tokenizer") for line in plan.warnings)
+def heading_of(line: str) -> list[str]:
+    """Return the last headings of a table, which stand two blanks apart."""
+    return re.split(" {2,}", line)[-4:]
+
+
+def test_a_microbatch_is_told_with_the_teacher_and_without(teacher: Path) -> None:
+    plan = plan_of({**MOCK, "--let-teacher-load": teacher})
+    plan = replace(plan, stages=(replace(plan.stages[0], flops=1e12, teacher_flops=2e12),))
+    assert any(line.endswith("  3.00   1.00") for line in plan_lines(plan))
 
 
 @pytest.mark.usefixtures("own_logger")
@@ -255,7 +317,12 @@ def test_the_tool_prints_a_row_a_stage_and_writes_json(
         ["1h", "1-1", "3-4"],
     ]
     assert any(line.startswith("not planned: ") for line in lines)
+    assert heading_of(lines[heading]) == ["before S_stop", "after", "TFLOP before", "after"]
     plan = json.loads((tmp_path / "plan.json").read_text())
+    for stage in plan["stages"]:
+        memory = stage["memory"]
+        held = sum(memory[name] for name in ("weights", "gradients", "optimizer", "activations"))
+        assert memory["before_stop"] == memory["after_stop"] == held
     assert sum(stage["whole_parameters"] for stage in plan["stages"]) == plan["parameters"]
     assert plan_run.main([*words, "--world-size", "3", "--min-lr", "1"]) == 2
     errors = capsys.readouterr().err.splitlines()

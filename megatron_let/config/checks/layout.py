@@ -139,6 +139,11 @@ def _check_interleaved(config: RunConfig, stages: int) -> None:
     if chunks is not None:
         sizes = [size for size in (first, last) if size is not None]
         between = stages - len(sizes)
+        require(
+            between > 0 or chunks == 1,
+            "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers of two interleaved stages say the "
+            "same thing; leave one out",
+        )
         if between:
             sizes.append((pipeline_units(config) - sum(sizes)) // between)
         for size in sizes:

@@ -49,6 +49,8 @@ def test_a_padded_vocabulary_is_computed_and_so_counts() -> None:
     [
         ("NVIDIA A100-SXM4-80GB", (312.0, 80.0)),
         ("NVIDIA H100 80GB HBM3", (989.0, 80.0)),
+        ("NVIDIA H100 PCIe", (756.0, 80.0)),
+        ("NVIDIA H100 NVL", (835.0, 94.0)),
         (
             "NVIDIA GH200 480GB",
             (989.0, 96.0),

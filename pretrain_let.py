@@ -9,21 +9,21 @@ import sys
 
 from megatron_let.entry import RunReport, end_program, run_main
 from megatron_let.log import configure_logging, quiet_third_parties
+from megatron_let.training.plan_program import DRY_RUN, print_plan
 
 
 def main(report: RunReport) -> int:
     """Parse, build, fit; return the exit code."""
     configure_logging()
     quiet_third_parties()
+    if DRY_RUN in sys.argv:
+        return print_plan(sys.argv[1:])
     # Imported here: megatron-core takes seconds, and warns while it loads.
     from megatron_let.mcore.parallel import parallel_context
     from megatron_let.training.arguments import save_directory_of, settings_of_run
     from megatron_let.training.build import build_trainer
-    from megatron_let.training.plan_program import DRY_RUN, print_plan
     from megatron_let.training.signals import stop_on_signal
 
-    if DRY_RUN in sys.argv:
-        return print_plan(sys.argv[1:])
     report.saves_to(save_directory_of(sys.argv[1:]))
     config = settings_of_run(sys.argv[1:])
     with stop_on_signal(config.training, report) as stop, parallel_context(config) as context, report.told():

@@ -11,7 +11,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
@@ -29,12 +29,16 @@ from check_gpu_rows import Rows, Setting, fusion_flags
 from megatron_let.optional import has_apex, has_fused_weight_gradient, has_transformer_engine
 from megatron_let.planning.flops import peak_flops
 
+PLAN_RUN = Path(__file__).with_name("plan_run.py")
 WARM_UP, TIMED = 5, 10
 DEPTH = 8
 """Layers of the 24 of the 1.4B recipe."""
 
 # The paper's authors pay 8 % for a teacher whose floor is 3.2 %.
 FLOOR_TIMES = 2.5
+PLAN_ERROR = 0.1
+"""Share of the measured peak by which a plan's memory may be off."""
+
 TEACHER_SHARE = 0.99
 """Of the teacher's bytes that must come back: allocations are rounded up, so that more than all does."""
 
@@ -114,7 +118,8 @@ def steps_fp8(setting: Setting, rows: Rows) -> None:
 def _steps(setting: Setting, rows: Rows, name: str, flags: list[str]) -> None:
     """Time steps of the plain recipe and say what they are worth."""
     bench = bench_of(setting, name, repeats=2, steps=TIMED)
-    with our_run([*bench.flags("run"), *flags]) as run:
+    flags = [*bench.flags("run"), *flags]
+    with our_run(flags) as run:
         run.steps(WARM_UP)
         peak = run.peak_memory(1)
         seconds = statistics.median(step.wall for step in run.steps(TIMED))
@@ -131,11 +136,43 @@ def _steps(setting: Setting, rows: Rows, name: str, flags: list[str]) -> None:
     )
     rows.measured(f"{what}: work", *_work(setting, tokens * per_token), tflops=tokens * per_token / 1e12)
     rows.measured(f"{what}: peak memory", f"{peak / 2**30:.2f} GiB", bytes=peak)
+    if name == "bf16":
+        _hold_plan(setting, rows, what, planned_memory(flags, bench.directory)["after_stop"], peak)
     # Random tokens: a model that has learned nothing yet, and cannot, gives ln(vocabulary), and a little more at first.
     limit = 1.5 * math.log(student.vocab_size)
     holds = bool(losses) and all(math.isfinite(loss) and loss <= limit for loss in losses)
     shown = ", ".join(f"{loss:.4f}" for loss in losses)
     rows.held(f"{what}: mean loss", shown, f"{limit:.2f}", holds=holds)
+
+
+def planned_memory(flags: Sequence[str], directory: Path) -> dict[str, int]:
+    """Return the memory that `tools/plan_run.py` gives a run on one GPU, in bytes; raises RuntimeError when it cannot."""
+    path = directory / "plan.json"
+    words = [
+        sys.executable,
+        str(PLAN_RUN),
+        *flags,
+        "--world-size",
+        "1",
+        "--json",
+        str(path),
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"plan_run.py ended with {done.returncode}: {done.stderr.strip()[-200:]}")
+    (stage,) = json.loads(path.read_text(encoding="utf-8"))["stages"]
+    memory: dict[str, int] = stage["memory"]
+    return memory
+
+
+def _hold_plan(setting: Setting, rows: Rows, what: str, planned: int, peak: int) -> None:
+    """Hold a plan against the peak of a step; on a CPU the peak is that of the whole process, and nothing is held."""
+    name, shown = f"{what}: memory as planned", f"{planned / 2**30:.2f} GiB of {peak / 2**30:.2f}"
+    if not setting.is_on_gpu:
+        rows.measured(name, shown, planned=planned, peak=peak)
+        return
+    holds = abs(planned - peak) <= PLAN_ERROR * peak
+    rows.held(name, shown, f"{PLAN_ERROR:.0%} off", holds=holds, planned=planned, peak=peak)
 
 
 def _work(setting: Setting, flops: float) -> tuple[str]:
@@ -186,8 +223,9 @@ def release(setting: Setting, rows: Rows) -> None:
     bench = bench_of(setting, "release", repeats=1, steps=1)
     teacher_directory = bench.directory / "teacher"
     write_hf_teacher(teacher_directory, bench.shape.teacher)
-    flags = ["--let-teacher-load", str(teacher_directory), "--let-stop-iters", "3"]
-    with our_run([*bench.flags("run"), *flags]) as run:
+    let = ["--let-teacher-load", str(teacher_directory), "--let-stop-iters", "3"]
+    flags = [*bench.flags("run"), *let]
+    with our_run(flags) as run:
         run.steps(2)
         weights = run.teacher_weights()
         size = sum(weight.nbytes for weight in weights)
@@ -204,6 +242,9 @@ def release(setting: Setting, rows: Rows) -> None:
         holds=not alive,
         alive=alive,
     )
+    planned = planned_memory(flags, bench.directory)
+    _hold_plan(setting, rows, "with the teacher", planned["before_stop"], peak_before)
+    _hold_plan(setting, rows, "after S_stop", planned["after_stop"], peak_after)
     if not setting.is_on_gpu:
         return
     bound = TEACHER_SHARE * size

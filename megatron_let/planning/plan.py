@@ -10,6 +10,19 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class PlanSettings:
+    """What a plan is made for, beside the run's own settings."""
+
+    world_size: int
+    gpu: str = "A100"
+    gpu_memory_gib: float | None = None
+    """None: what the maker of the GPU states."""
+
+    mfu: float | None = None
+    """Share of the GPU's peak that the run reaches without the teacher, as its log says; None: 0.4."""
+
+
+@dataclass(frozen=True)
 class StageMemory:
     """Memory of one rank of a pipeline stage, in bytes."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -25,7 +24,15 @@ from megatron_let.mcore.datasets import blend_weights, split_parts
 from megatron_let.mcore.transformer_config import compute_dtype
 from megatron_let.planning.flops import GPUS, Gpu, gpu_of, training_flops_per_token
 from megatron_let.planning.pipeline import SHARES, Pipeline
-from megatron_let.planning.plan import DataPlan, RunPlan, StagePlan, TeacherPlan, TimePlan, WorkPlan
+from megatron_let.planning.plan import (
+    DataPlan,
+    PlanSettings,
+    RunPlan,
+    StagePlan,
+    TeacherPlan,
+    TimePlan,
+    WorkPlan,
+)
 from megatron_let.training.data_needs import build_run_tokenizer, sample_counts
 from megatron_let.training.let_record import stop_of_run, student_layer_of_run
 from megatron_let.training.plan_split import ANYWHERE, better_split, traced_pipeline
@@ -48,19 +55,6 @@ NOT_PLANNED = (
     "optimizer's step; loading a checkpoint and evaluation",
     "messages between ranks and reading data: they are in the MFU; a resume: the plan is that of the whole run",
 )
-
-
-@dataclass(frozen=True)
-class PlanSettings:
-    """What a plan is made for, beside the run's own settings."""
-
-    world_size: int
-    gpu: str = "A100"
-    gpu_memory_gib: float | None = None
-    """None: what the maker of the GPU states."""
-
-    mfu: float | None = None
-    """Share of the GPU's peak that the run reaches without the teacher, as its log says; None: `DEFAULT_MFU`."""
 
 
 class PlanProblemsError(ConfigError):

@@ -12,9 +12,8 @@ from megatron_let.data.program import ProgramParser, run_program
 from megatron_let.errors import EXIT_DONE
 from megatron_let.log import LOGGER
 from megatron_let.planning.flops import GPUS
+from megatron_let.planning.plan import PlanSettings
 from megatron_let.planning.table import plan_lines
-from megatron_let.training.arguments import parse_arguments
-from megatron_let.training.plan import PlanSettings, make_plan
 
 DRY_RUN = "--dry-run"
 
@@ -44,6 +43,11 @@ def planned_run(argv: Sequence[str], *, description: str | None) -> Iterator[str
     parser.add_argument("--json", metavar="FILE", help="write the plan there too")
     own, words = parser.parse_known_args(argv)
     settings = PlanSettings(own.world_size, own.gpu, own.gpu_memory_gib, own.mfu)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is here has no part in a plan
+    # Imported here: torch looks for GPUs while megatron-core loads.
+    from megatron_let.training.arguments import parse_arguments
+    from megatron_let.training.plan import make_plan
+
     plan = make_plan(parse_arguments(words), settings)
     if own.json is not None:
         Path(own.json).write_text(json.dumps(plan.to_dict(), indent=1) + "\n", encoding="utf-8")

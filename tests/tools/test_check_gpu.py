@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import check_gpu
 import check_gpu_parity
+import check_gpu_parts
 import check_gpu_resume
 import pytest
 import torch
@@ -155,20 +156,31 @@ def test_errors_are_relative_and_nan_is_infinite() -> None:
 
 
 def test_steps_say_speed_work_memory_and_loss(rows_of: Callable[..., list[Row]]) -> None:
-    speed, work, memory, loss = rows_of("steps-bf16")
-    assert [speed.result, work.result, memory.result, loss.result] == [MEASURED] * 3 + [PASSED]
+    speed, work, memory, plan, loss = rows_of("steps-bf16")
+    assert [row.result for row in (speed, work, memory, plan, loss)] == [MEASURED] * 4 + [PASSED]
     assert all("stock layers" in row.what for row in (speed, work, memory, loss))
     per_token = 1e12 * work.values["tflops"] / speed.values["tokens_per_second"]
     # 2 layers of 32 (4 heads, 2 groups of 8; MLP 64; 16 positions) and a head of 128 ids, by hand
     assert per_token == pytest.approx(6 * (2 * (32 * (2 * 32 + 2 * 16) + 32 * 16 + 3 * 32 * 64) + 32 * 128))
     assert memory.values["bytes"] > 1e6
+    # bf16 weights, fp32 gradients, main weights and moments of a tied embedding and two layers, by hand
+    parameters = 128 * 32 * 2 + 2 * (32 * (2 * 32 + 2 * 16) + 3 * 32 * 64 + 2 * 32) + 32
+    assert 1 < plan.values["planned"] / (18 * parameters) < 1.5
     (fp8,) = rows_of("steps-fp8")
     assert (fp8.result, fp8.reason) == (NOT_RUN, "there is no GPU")
 
 
 def test_release_leaves_no_tensor_of_the_teacher(rows_of: Callable[..., list[Row]]) -> None:
-    (row,) = rows_of("release")
+    row, before, after = rows_of("release")
     assert (row.result, row.measured) == (PASSED, "0 of 11")
+    assert before.values["planned"] > after.values["planned"] > 0
+
+
+@pytest.mark.parametrize(("peak", "result"), [(100, PASSED), (90, FAILED), (112, FAILED), (111, PASSED)])
+def test_a_plan_is_held_to_a_tenth_of_the_peak(peak: int, result: str, tmp_path: Path) -> None:
+    rows = Rows("steps", tmp_path / "rows.json")
+    check_gpu_parts._hold_plan(Setting("cuda", "full", str(tmp_path)), rows, "step", 100, peak)
+    assert [row.result for row in read_rows(tmp_path / "rows.json")] == [result]
 
 
 def test_a_teacher_that_stays_is_a_failure(setting: Setting, pool: RankPool) -> None:

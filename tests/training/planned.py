@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from megatron_let.planning.plan import RunPlan
+from megatron_let.planning.plan import PlanSettings, RunPlan
 from megatron_let.testing.training import TINY_STUDENT, arguments
 from megatron_let.training.arguments import parse_arguments
-from megatron_let.training.plan import PlanProblemsError, PlanSettings, make_plan
+from megatron_let.training.plan import PlanProblemsError, make_plan
 
 MOCK = {"--mock-data": None}
 

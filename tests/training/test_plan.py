@@ -33,8 +33,9 @@ TEACHER_SHAPE = {"hidden_size": 48, "num_hidden_layers": 8, "num_attention_heads
 
 
 @pytest.fixture
-def own_logger() -> Iterator[None]:
-    """Give the package's logger back as it was: the program sets it up."""
+def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give back what the program sets up for its whole process: the package's logger, GPUs out of sight."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     handlers, level, propagate = list(LOGGER.handlers), LOGGER.level, LOGGER.propagate
     yield
     LOGGER.handlers[:] = handlers
@@ -304,7 +305,7 @@ def test_a_microbatch_is_told_with_the_teacher_and_without(teacher: Path) -> Non
     assert any(line.endswith("  3.00   1.00") for line in plan_lines(plan))
 
 
-@pytest.mark.usefixtures("own_logger")
+@pytest.mark.usefixtures("own_process")
 def test_the_tool_prints_a_row_a_stage_and_writes_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -329,7 +330,7 @@ def test_the_tool_prints_a_row_a_stage_and_writes_json(
     assert [line[:7] for line in errors if "warning" not in line] == ["error: "] * 2
 
 
-@pytest.mark.usefixtures("own_logger")
+@pytest.mark.usefixtures("own_process")
 def test_the_entry_script_plans_and_runs_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +338,7 @@ def test_the_entry_script_plans_and_runs_nothing(
     monkeypatch.setattr("sys.argv", ["pretrain_let.py", *words, "--dry-run", "--world-size", "2"])
     assert pretrain_let.main(RunReport()) == 0
     assert capsys.readouterr().out.startswith("2 ranks: tensor 1, context 1, pipeline 2")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "a GPU that is here has no part in a plan"
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("RANK", "1")
     assert pretrain_let.main(RunReport()) == 0

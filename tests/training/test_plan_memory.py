@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from megatron_let.planning.plan import RunPlan
+from megatron_let.planning.plan import PlanSettings, RunPlan
 from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.training import TINY_STUDENT, arguments
 from megatron_let.training.arguments import parse_arguments
-from megatron_let.training.plan import PlanSettings, make_plan
+from megatron_let.training.plan import make_plan
 from tests.training.running_job import held_by_process, held_by_tensors
 
 LET = "let"

@@ -17,9 +17,9 @@ from megatron_let.config.batches import padded_vocab_size
 from megatron_let.config.derive import resolve
 from megatron_let.mcore.meta_rank import meta_rank, plain_layers
 from megatron_let.mcore.model import build_student
-from megatron_let.planning.plan import RunPlan
+from megatron_let.planning.plan import PlanSettings, RunPlan
 from megatron_let.training.arguments import parse_arguments
-from megatron_let.training.plan import ANYWHERE, PlanSettings, make_plan
+from megatron_let.training.plan import ANYWHERE, make_plan
 
 ROOT = Path(__file__).parents[2]
 WORLD_SIZE, TENSOR, PIPELINE = 32, 4, 4

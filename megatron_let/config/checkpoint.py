@@ -22,10 +22,10 @@ class CheckpointConfig:
     """Write checkpoints in the background: training stands still only while they are copied into CPU memory."""
 
     save_keep_last: int | None = None
-    """Delete checkpoints older than so many of the newest ones, at least 2. Default: keep all."""
+    """Keep so many checkpoints, those saved last, at least 2, and the one that the run began from. Default: keep all."""
 
     save_retain_interval: int | None = None
-    """Delete all but the --save-keep-last (then 2) newest ones and those at multiples of this number of iterations."""
+    """Keep those that --save-keep-last (here 2 by default) keeps, and those at multiples of this number of iterations."""
 
     no_save_optim: bool = False
     """Leave the optimizer's state out."""
@@ -37,7 +37,7 @@ class CheckpointConfig:
     """Directory to resume from. May be --save's: then a first start begins anew and says so."""
 
     ckpt_step: int | None = None
-    """Load this iteration instead of the newest."""
+    """Load this iteration instead of the one that latest_checkpointed_iteration.txt names."""
 
     finetune: bool = False
     """Take only the weights, and count iterations and data from zero."""
@@ -49,7 +49,7 @@ class CheckpointConfig:
     """Do not load the random states."""
 
     strict_load: bool = False
-    """Stop when the newest checkpoint is damaged instead of using the newest whole one."""
+    """Stop when the checkpoint to go on from is damaged or missing, instead of using the last whole one before it."""
 
     exit_on_missing_checkpoint: bool = False
     """Stop when --load has no checkpoint, even when it is the --save directory."""

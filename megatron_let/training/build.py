@@ -75,7 +75,9 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
     choices = resolved_choices(config, context, student, let_record)
     LOGGER.info(" | ".join(choices))
     record = RunRecord(let_record, with_order(data_record, data), choices, remembered)
-    saver = None if config.checkpoint.save is None else CheckpointSaver(config, context, parts, record)
+    saver = None
+    if config.checkpoint.save is not None:
+        saver = CheckpointSaver(config, context, parts, record, started_from=state.iteration)
     run = Run(
         config=config,
         context=context,

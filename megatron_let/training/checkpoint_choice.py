@@ -38,8 +38,8 @@ _MEANING = {
 def choose_checkpoint(config: RunConfig, context: ParallelContext) -> Path | None:
     """Return the directory of the checkpoint to load, or None for a fresh start; every rank calls this.
 
-    The newest whole checkpoint is taken; a damaged newer one is named and skipped. `--load` naming the `--save`
-    directory is the usual requeue idiom and may find nothing; anywhere else an empty `--load` is an error.
+    What the tracker names is taken, if it is whole; a damaged one is named and the one before it taken. `--load` naming
+    the `--save` directory is the usual requeue idiom and may find nothing; anywhere else an empty `--load` is an error.
 
     Raises:
         ConfigError: nothing (whole) to load, or damage under `--strict-load` or `--ckpt-step`.
@@ -48,7 +48,7 @@ def choose_checkpoint(config: RunConfig, context: ParallelContext) -> Path | Non
         return None
     root = Path(config.checkpoint.load)
     step = config.checkpoint.ckpt_step
-    iterations = context.on_rank_0(lambda: files.saved_iterations(root))
+    iterations = context.on_rank_0(lambda: files.resume_order(root))
     if step is not None:
         if step not in iterations:
             raise ConfigError(
@@ -58,6 +58,8 @@ def choose_checkpoint(config: RunConfig, context: ParallelContext) -> Path | Non
     if not iterations:
         context.on_rank_0(lambda: _say_fresh_start(config, root))
         return None
+    if step is None:
+        context.on_rank_0(lambda: _say_if_not_the_usual(config, root, iterations[0]))
     damages = []
     for iteration in iterations:
         directory = files.iteration_directory(root, iteration)
@@ -71,6 +73,22 @@ def choose_checkpoint(config: RunConfig, context: ParallelContext) -> Path | Non
     raise ConfigError(
         f"--load {root}: none of its checkpoints is whole ({'; '.join(damages[:4])}); give another directory"
     )
+
+
+def _say_if_not_the_usual(config: RunConfig, root: Path, first: int) -> None:
+    """Say why the first iteration to be tried is not both the tracker's and the one that was saved last."""
+    named, last = files.read_tracker(root), files.in_order_of_saving(root)[0]
+    if first == named:
+        if last != named:
+            LOGGER.warning(
+                f"{root}: iteration {last} was saved after iteration {named}, which {files.TRACKER} names and which is "
+                f"gone on from; --ckpt-step {last} takes the other"
+            )
+        return
+    says = "names no iteration" if named is None else f"names iteration {named}, which is not there"
+    if config.checkpoint.strict_load:
+        raise ConfigError(f"--load {root}: {files.TRACKER} {says}; choose a checkpoint with --ckpt-step")
+    LOGGER.warning(f"{root}: {files.TRACKER} {says}; taking the checkpoint saved last, of iteration {first}")
 
 
 def _say_fresh_start(config: RunConfig, root: Path) -> None:

@@ -1,6 +1,6 @@
 """Checkpoint directories: names, the tracker file, the manifest that tells a whole checkpoint from a damaged one.
 
-SAVE/latest_checkpointed_iteration.txt    the newest iteration saved
+SAVE/latest_checkpointed_iteration.txt    the tracker: the iteration that a run goes on from
 SAVE/iter_0000100/                        a whole checkpoint: megatron-core's files and manifest.json
 SAVE/iter_0000100.partial/                one whose save did not finish; never read
 """
@@ -11,13 +11,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from megatron_let.data.digests import sha256_of
 from megatron_let.errors import ConfigError
-from megatron_let.plain_json import read_json
+from megatron_let.plain_json import fits, read_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
@@ -45,13 +46,44 @@ def saved_iterations(root: Path) -> list[int]:
     return sorted((int(match.group(1)) for match in matches if match), reverse=True)
 
 
+def in_order_of_saving(root: Path) -> list[int]:
+    """Return the same, the one saved last first: after a rollback that is not the one with the highest number."""
+    return sorted(
+        saved_iterations(root),
+        key=lambda iteration: (_saved_at(iteration_directory(root, iteration)), iteration),
+        reverse=True,
+    )
+
+
+def _saved_at(directory: Path) -> int:
+    """Return when a checkpoint was saved, in nanoseconds since the epoch; 0 where its manifest does not tell."""
+    try:
+        saved = read_json(directory / MANIFEST)["saved"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    return int(saved) if fits(saved, int) else 0
+
+
+def resume_order(root: Path) -> list[int]:
+    """Return the iterations under `root` as a resume tries them: the tracker's, those that led to it, the others.
+
+    What a rollback has left behind has a higher number than something that was saved after it.
+    """
+    saved, named = in_order_of_saving(root), read_tracker(root)
+    branch: list[int] = []
+    for iteration in saved if named not in saved else [named, *saved]:
+        if not branch or iteration < branch[-1]:
+            branch.append(iteration)
+    return branch + [iteration for iteration in saved if iteration not in branch]
+
+
 def newest_iteration_directory(root: Path) -> Path:
-    """Return the directory of the newest checkpoint under `root`.
+    """Return the directory of the checkpoint under `root` that a run would go on from.
 
     Raises:
         ConfigError: there is none.
     """
-    iterations = saved_iterations(root)
+    iterations = resume_order(root)
     if not iterations:
         raise ConfigError(f"{root} holds no checkpoint (a directory iter_0000100 or the like){hint_at(root)}")
     return iteration_directory(root, iterations[0])
@@ -115,7 +147,8 @@ def _describe(path: Path) -> FileEntry:
 def finish(root: Path, iteration: int, files: Mapping[str, FileEntry]) -> None:
     """Make a written checkpoint whole and the newest: manifest, rename, then the tracker moves."""
     directory = partial_directory(root, iteration)
-    text = json.dumps({"format": 1, "files": dict(sorted(files.items()))}, indent=1)
+    content = {"format": 1, "saved": time.time_ns(), "files": dict(sorted(files.items()))}
+    text = json.dumps(content, indent=1)
     write_atomically(directory / MANIFEST, text + "\n")
     _sync_directory(directory)
     final = iteration_directory(root, iteration)
@@ -127,18 +160,25 @@ def finish(root: Path, iteration: int, files: Mapping[str, FileEntry]) -> None:
         shutil.rmtree(replaced)
 
 
-def delete_older(root: Path, *, keep_last: int, retain_interval: int | None) -> list[int]:
-    """Delete whole checkpoints but the `keep_last` newest and those at multiples of `retain_interval`; return which.
+def delete_older(
+    root: Path, *, keep_last: int, retain_interval: int | None, spared: Collection[int] = ()
+) -> list[int]:
+    """Delete whole checkpoints and return which.
 
+    What stays: the `keep_last` that were saved last, those at multiples of `retain_interval`, and the `spared` ones.
     Each gets another name first, so that a stop in the middle leaves no damaged checkpoint. One that is damaged as
     far as sizes tell does not count among those that are kept, and stays: somebody may want to look at it.
     """
     whole = [
         iteration
-        for iteration in saved_iterations(root)
+        for iteration in in_order_of_saving(root)
         if find_damage(iteration_directory(root, iteration), sizes_only=True) is None
     ]
-    old = [iteration for iteration in whole[keep_last:] if not retain_interval or iteration % retain_interval]
+    old = [
+        iteration
+        for iteration in whole[keep_last:]
+        if iteration not in spared and (not retain_interval or iteration % retain_interval)
+    ]
     for iteration in old:
         shutil.rmtree(_set_aside(iteration_directory(root, iteration)))
     return old

@@ -15,7 +15,7 @@ def check_save_directory(config: RunConfig, context: ParallelContext) -> None:
     """Make the `--save` directory and write a file into it; every rank calls this.
 
     A directory that holds another run is refused: its checkpoints would be mixed with this run's, and a resume takes
-    the newest of them.
+    what the tracker names.
 
     Raises:
         ConfigError: it cannot be made or written to, is the teacher's, or holds the checkpoints of another run.

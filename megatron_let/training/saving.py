@@ -55,8 +55,18 @@ class RunRecord:
 class CheckpointSaver:
     """Writes the checkpoints of one run, one at a time."""
 
-    def __init__(self, config: RunConfig, context: ParallelContext, parts: Parts, record: RunRecord) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        context: ParallelContext,
+        parts: Parts,
+        record: RunRecord,
+        *,
+        started_from: int,
+    ) -> None:
+        """Save `parts`; the checkpoint of iteration `started_from`, where the run began, is never deleted."""
         assert config.checkpoint.save is not None, "saving was asked for"
+        self._started_from = started_from
         self._config = config
         self._context = context
         self._record = record
@@ -153,7 +163,10 @@ class CheckpointSaver:
         if options.save_keep_last is None and options.save_retain_interval is None:
             return []
         return files.delete_older(
-            self._root, keep_last=options.save_keep_last or 2, retain_interval=options.save_retain_interval
+            self._root,
+            keep_last=options.save_keep_last or 2,
+            retain_interval=options.save_retain_interval,
+            spared=(iteration, self._started_from),
         )
 
     def _on_rank_0(self, action: Callable[[], object], iteration: int) -> Iterator[None]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_let.errors import EXIT_DONE
+from megatron_let.errors import EXIT_DONE, EXIT_PREEMPTED
 from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.training import TINY_STUDENT, arguments, metrics_rows, train
 from megatron_let.training import checkpoint_files as files
@@ -198,8 +198,52 @@ def test_a_damaged_tracker_does_not_hide_the_checkpoints(
         (saved / files.TRACKER).write_bytes(text.encode("utf-8", "surrogateescape"))
     result = run(pool, words, world_size=1)
     assert result.code == EXIT_DONE
+    says = "names iteration 7, which is not there" if text == "7" else "names no iteration"
+    assert (
+        f"WARNING {saved}: {files.TRACKER} {says}; taking the checkpoint saved last, of iteration 2"
+        in result.lines
+    )
     assert f"INFO loaded {saved / 'iter_0000002'} at iteration 2" in result.lines
     assert files.read_tracker(saved) == 3
+
+
+def test_the_strict_load_of_a_tracker_with_nothing_behind_it(
+    words: dict[str, Any], saved: Path, pool: RankPool
+) -> None:
+    files.write_tracker(saved, 7)
+    message = refusal(pool, {**words, "--strict-load": None}, untouched=saved)
+    assert message == (
+        f"--load {saved}: {files.TRACKER} names iteration 7, which is not there; choose a checkpoint with --ckpt-step"
+    )
+
+
+def test_a_run_goes_on_from_what_the_tracker_names_and_says_what_was_saved_later(
+    words: dict[str, Any], saved: Path, pool: RankPool
+) -> None:
+    files.write_tracker(saved, 1)
+    result = run(pool, {**words, "--train-iters": 2}, world_size=1)
+    assert result.code == EXIT_DONE
+    warned = [line for line in result.lines if line.startswith(f"WARNING {saved}")]
+    assert [line.split(",")[0] for line in warned] == [
+        f"WARNING {saved}: iteration 2 was saved after iteration 1"
+    ]
+    assert f"INFO loaded {saved / 'iter_0000001'} at iteration 1" in result.lines
+
+
+def test_after_a_rollback_the_new_branch_is_kept_and_gone_on_from(
+    words: dict[str, Any], saved: Path, pool: RankPool
+) -> None:
+    """Iterations 1 to 4 are there; the run goes back to 1, and saves 2 anew."""
+    assert run(pool, {**words, "--train-iters": 4, "--save-interval": 1}, world_size=1).code == EXIT_DONE
+    back = {**words, "--train-iters": 4, "--exit-interval": 2, "--save-keep-last": 2}
+    result = run(pool, {**back, "--ckpt-step": 1}, world_size=1)
+    assert result.code == EXIT_PREEMPTED
+    assert files.resume_order(saved) == [2, 1, 4]
+    assert files.find_damage(files.iteration_directory(saved, 1)) is None
+    result = run(pool, {**words, "--train-iters": 4}, world_size=1)
+    assert f"INFO loaded {saved / 'iter_0000002'} at iteration 2" in result.lines
+    assert [line for line in result.lines if line.startswith(f"WARNING {saved}")] == []
+    assert [row["iteration"] for row in metrics_rows(saved)] == [1, 2, 3, 4]
 
 
 OTHER_MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {

@@ -142,6 +142,54 @@ def test_deleting_keeps_the_newest_whole_ones_and_those_at_the_interval(tmp_path
     assert not list(tmp_path.glob("*.partial"))
 
 
+def roll_back(root: Path) -> None:
+    """Save up to iteration 16, go back to 4, and save 8 again."""
+    for iteration in (4, 8, 12, 16, 8):
+        write(root, iteration)
+
+
+def test_what_was_saved_last_stays_after_a_rollback_and_not_what_has_the_highest_number(
+    tmp_path: Path,
+) -> None:
+    roll_back(tmp_path)
+    assert files.in_order_of_saving(tmp_path) == [8, 16, 12, 4]
+    assert files.delete_older(tmp_path, keep_last=2, retain_interval=None, spared=(8, 4)) == [12]
+    write(tmp_path, 11)
+    assert files.delete_older(tmp_path, keep_last=2, retain_interval=None, spared=(11, 4)) == [16]
+    assert files.saved_iterations(tmp_path) == [11, 8, 4]
+
+
+def test_spared_checkpoints_stay_beside_those_of_the_interval(tmp_path: Path) -> None:
+    roll_back(tmp_path)
+    assert files.delete_older(tmp_path, keep_last=1, retain_interval=16, spared=(8, 4)) == [12]
+    assert files.delete_older(tmp_path, keep_last=1, retain_interval=16) == [4]
+
+
+def test_a_resume_tries_what_the_tracker_names_then_what_led_there_then_the_rest(tmp_path: Path) -> None:
+    roll_back(tmp_path)
+    assert files.resume_order(tmp_path) == [8, 4, 16, 12]
+    write(tmp_path, 11)
+    assert files.resume_order(tmp_path) == [11, 8, 4, 16, 12]
+    files.write_tracker(tmp_path, 12)
+    assert files.resume_order(tmp_path) == [12, 11, 8, 4, 16]
+    for tracker in ("13", "release", ""):
+        (tmp_path / files.TRACKER).write_text(tracker)
+        assert files.resume_order(tmp_path) == [11, 8, 4, 16, 12]
+    assert files.newest_iteration_directory(tmp_path).name == "iter_0000011"
+
+
+@pytest.mark.parametrize("value", ["-1", "1.5", '"late"', "[]", "null", "9" * 30])
+def test_a_manifest_that_does_not_say_when_it_was_saved_counts_as_the_oldest(
+    value: str, tmp_path: Path
+) -> None:
+    for iteration in (10, 20, 30):
+        manifest = write(tmp_path, iteration) / files.MANIFEST
+        if iteration > 10:
+            saved = json.loads(manifest.read_text())["saved"]
+            manifest.write_text(manifest.read_text().replace(str(saved), value))
+    assert files.in_order_of_saving(tmp_path) == [10, 30, 20]
+
+
 def test_a_kill_while_a_checkpoint_is_deleted_leaves_no_part_of_it(tmp_path: Path) -> None:
     for iteration in (10, 20, 30):
         write(tmp_path, iteration)
@@ -185,9 +233,10 @@ def test_a_kill_at_any_step_of_finish_leaves_a_whole_newest_checkpoint(step: str
     target = (Path, "rename") if step == "rename" else (files, step)
     with patch.object(*target, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         files.finish(tmp_path, 200, described)
-    newest = files.newest_iteration_directory(tmp_path)
-    assert files.find_damage(newest) is None
-    assert newest.name == ("iter_0000200" if step == "write_tracker" else "iter_0000100")
+    assert files.newest_iteration_directory(tmp_path).name == "iter_0000100"  # as the tracker says
+    saved_last = files.iteration_directory(tmp_path, files.in_order_of_saving(tmp_path)[0])
+    assert files.find_damage(saved_last) is None
+    assert saved_last.name == ("iter_0000200" if step == "write_tracker" else "iter_0000100")
     assert files.read_tracker(tmp_path) == 100
     assert files.find_damage(files.iteration_directory(tmp_path, 100)) is None
 

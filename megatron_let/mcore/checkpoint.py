@@ -36,7 +36,7 @@ from megatron_let.mcore.checkpoint_reader import (
 from megatron_let.mcore.dcp_metadata import read_metadata
 from megatron_let.mcore.extra_state import check_extra_states, take_unsaved
 from megatron_let.mcore.model import Student
-from megatron_let.mcore.optimizer import load_optimizer, optimizer_state, prepare_to_load
+from megatron_let.mcore.optimizer_state import load_optimizer, optimizer_state
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.mcore.safe_pickle import Refused, refusals
 from megatron_let.mcore.torch_file import load_torch_file
@@ -96,8 +96,6 @@ def load_content(directory: Path, parts: Parts, context: ParallelContext) -> Non
         ConfigError: the checkpoint does not fit the model.
     """
     metadata = content_metadata(context)
-    if parts.optimizer is not None:
-        prepare_to_load(parts.optimizer)
     wanted = sharded_parts(parts, context, metadata, is_loading=True)
     common = context.together(lambda: load_common(directory))
     stored = context.on_rank_0(lambda: read_metadata(directory))
@@ -116,9 +114,20 @@ def load_content(directory: Path, parts: Parts, context: ParallelContext) -> Non
     for name, chunk in zip(names, chunks, strict=True):
         chunk.load_state_dict({**loaded[name], **unsaved[name]})
     if parts.optimizer is not None:
-        load_optimizer(parts.optimizer, loaded["optimizer"])
+        optimizer = parts.optimizer
+        context.together(lambda: _load_optimizer(optimizer, loaded["optimizer"], directory))
     if parts.with_rng:
         context.together(lambda: _restore_rng_state(loaded["rng_state"], directory))
+
+
+def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any], directory: Path) -> None:
+    try:
+        load_optimizer(optimizer, state)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"checkpoint {directory} holds an optimizer state that this run's optimizer cannot take "
+            f"({_first_line(error)}); give the settings it was trained with, or --no-load-optim"
+        ) from error
 
 
 def stored_entries(directory: Path) -> dict[str, TensorStorageMetadata]:

@@ -17,7 +17,6 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
@@ -36,7 +35,7 @@ def build_optimizer(config: RunConfig, student: Student) -> MegatronOptimizer:
         config_overrides=_group_overrides(core),
         use_gloo_process_groups=False,
     )
-    _use_fused_adam_on_cpu(optimizer)
+    use_fused_adam_on_cpu(optimizer)
     student.core_config.grad_scale_func = _weakly(optimizer.scale_loss)
     student.core_config.finalize_model_grads_func = finalize_model_grads
     _tie_overlapped_communication(config, student)
@@ -192,114 +191,33 @@ def step_if_finite(optimizer: MegatronOptimizer) -> tuple[bool, float | None, fl
 
 def smallest_loss_scale(optimizer: MegatronOptimizer) -> float | None:
     """Return the scale below which fp16's dynamic loss scaling does not go; None where the scale is fixed."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer_parts(optimizer):
         scaler = getattr(part, "grad_scaler", None)
         if isinstance(scaler, DynamicGradScaler):
             return float(scaler.min_scale)
     return None
 
 
-def optimizer_state(
-    optimizer: MegatronOptimizer, model_state: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool
-) -> dict[str, Any]:
-    """Return an optimizer's sharded state for a checkpoint; every rank calls this.
-
-    megatron-core joins the buckets of a distributed optimizer without the padding between them, and then cuts the
-    parameters out of that at their places with it: from the second bucket on every weight and moment in the checkpoint
-    would be another one's.
-    """
-    plain_get = DistributedOptimizer.get_parameter_state_dp_zero
-
-    def get_in_place(self: Any, *args: Any, **kwargs: Any) -> dict[Any, Any] | None:
-        state: dict[Any, Any] | None = plain_get(self, *args, **kwargs)
-        for index, buffer in enumerate(self.buffers if state is not None else []):
-            assert state is not None
-            for tensors in state[index].values():
-                for name in ("param", "exp_avg", "exp_avg_sq"):
-                    tensors[name] = _with_padding(tensors[name], buffer)
-        return state
-
-    with patch.object(DistributedOptimizer, "get_parameter_state_dp_zero", get_in_place):
-        state: dict[str, Any] = optimizer.sharded_state_dict(
-            model_state, is_loading=is_loading, metadata=metadata
-        )
-    return state
-
-
-def _with_padding(joined: torch.Tensor, buffer: Any) -> torch.Tensor:
-    """Return the buckets of a buffer, joined without their padding, at their own places."""
-    if len(joined) == buffer.numel:
-        return joined
-    padded = joined.new_zeros(buffer.numel)
-    start = 0
-    for bucket in buffer.buckets:
-        end = start + bucket.numel_unpadded
-        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = joined[start:end]
-        start = end
-    return padded
-
-
-def prepare_to_load(optimizer: MegatronOptimizer) -> None:
-    """Give torch's Adam its state before a distributed optimizer is loaded.
-
-    Without Transformer Engine or apex, megatron-core's distributed optimizer reads the step count out of a state
-    that a fresh torch optimizer does not have yet. What is allocated here is overwritten by the load.
-    """
-    for adam in _distributed_adams(optimizer):
-        for group in adam.param_groups:
-            for parameter in group["params"]:
-                if not adam.state[parameter]:
-                    adam.state[parameter] = {
-                        "step": torch.zeros((), dtype=torch.float32),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
-
-
-def load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Load an optimizer's state, minding torch's Adam inside megatron-core's distributed optimizer.
-
-    megatron-core loads everything that Adam keeps for a parameter but the step count, on whose absence it stumbles;
-    and it hands one step tensor to all parameters, which Adam then counts up once for each of them: a silently wrong
-    bias correction from the first iteration after a resume.
-    """
-    plain_set = DistributedOptimizer._set_main_param_and_optimizer_states
-
-    def set_with_step(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        own = self._get_main_param_and_optimizer_states(model_param)
-        kept = {"step": own["step"]} if "step" in own else {}
-        plain_set(self, model_param, {**kept, **tensors})
-
-    with patch.object(DistributedOptimizer, "_set_main_param_and_optimizer_states", set_with_step):
-        optimizer.load_state_dict(state)
-    for adam in _distributed_adams(optimizer):
-        for parameter_state in adam.state.values():
-            parameter_state["step"] = parameter_state["step"].clone()
-    _use_fused_adam_on_cpu(optimizer)
-
-
-def _use_fused_adam_on_cpu(optimizer: MegatronOptimizer) -> None:
+def use_fused_adam_on_cpu(optimizer: MegatronOptimizer) -> None:
     """Let torch's Adam update a parameter in one pass instead of a dozen.
 
     megatron-core builds it with the defaults, and a load brings those of the checkpoint back.
     """
-    for _, adam in _torch_adams(optimizer):
+    for _, adam in torch_adams(optimizer):
         for group in adam.param_groups:
             if all(parameter.device.type == "cpu" for parameter in group["params"]):
                 group["fused"] = True
 
 
-def _distributed_adams(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
-    """Yield torch's own Adam inside each distributed optimizer (fused optimizers keep the step in their groups)."""
-    for part, adam in _torch_adams(optimizer):
-        if isinstance(part, DistributedOptimizer):
-            yield adam
-
-
-def _torch_adams(
+def torch_adams(
     optimizer: MegatronOptimizer,
 ) -> Iterator[tuple[MegatronOptimizer, torch.optim.Optimizer]]:
     """Yield each part of Megatron's optimizer that steps by torch's own Adam, and that Adam."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer_parts(optimizer):
         if isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
             yield part, part.optimizer
+
+
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """Return the optimizers that Megatron's one is made of, itself if it is no chain of them."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))

@@ -47,6 +47,7 @@ def load_checkpoint(
             f"checkpoint {directory} holds no optimizer state; give --no-load-optim or --finetune"
         )
     if with_optimizer:
+        _check_same_state(config.to_dict(), run["config"], directory)
         _check_same_groups(config, run["config"], directory)
     wanted = replace(parts, optimizer=parts.optimizer if with_optimizer else None, with_rng=with_rng)
     load_content(directory, wanted, context)
@@ -109,6 +110,24 @@ def restore_schedule(
     if not schedule.use_checkpoint_opt_param_scheduler:
         set_learning_rates(scheduler.optimizer, config)
     load_schedule(scheduler, saved)
+
+
+def _check_same_state(now: dict[str, Any], then: dict[str, Any], directory: Path) -> None:
+    """Raise ConfigError when the checkpoint's optimizer keeps other things, or in another form, than this run's."""
+    mine, saved = _form_of_state(now), _form_of_state(then)
+    if mine != saved:
+        raise ConfigError(
+            f"checkpoint {directory} holds the optimizer state of a run with {saved}, and this run has {mine}; give the "
+            "same, or --no-load-optim to begin the optimizer anew"
+        )
+
+
+def _form_of_state(config: dict[str, Any]) -> str:
+    """Return in flags what decides over an optimizer's state; a distributed one keeps fp32 weights in any precision."""
+    is_distributed = config["ddp"]["use_distributed_optimizer"]
+    is_16_bit = config["transformer"]["bf16"] or config["transformer"]["fp16"]
+    weights = "--use-distributed-optimizer" if is_distributed else "--bf16 or --fp16" if is_16_bit else "fp32"
+    return f"--optimizer {shown(config['optimizer']['optimizer'])}, {weights}"
 
 
 def _check_same_groups(config: RunConfig, saved_config: dict[str, Any], directory: Path) -> None:

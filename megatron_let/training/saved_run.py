@@ -13,9 +13,15 @@ from megatron_let.training.state import TrainingState
 
 # Settings that a load looks up, by section; what else a checkpoint has or lacks may differ between versions.
 _LOOKED_UP: dict[str, dict[str, Any]] = {
-    "transformer": {"tensor_model_parallel_size": int, "pipeline_model_parallel_size": int},
+    "transformer": {
+        "tensor_model_parallel_size": int,
+        "pipeline_model_parallel_size": int,
+        "fp16": bool,
+        "bf16": bool,
+    },
+    "ddp": {"use_distributed_optimizer": bool},
     "checkpoint": {"no_save_rng": bool, "no_save_optim": bool},
-    "optimizer": {"decoupled_lr": float | None, "decoupled_min_lr": float | None},
+    "optimizer": {"optimizer": str, "decoupled_lr": float | None, "decoupled_min_lr": float | None},
     "schedule": {"lr_decay_iters": int | None, "lr_decay_samples": int | None},
     "training": {"train_iters": int | None, "train_samples": int | None},
     "model": {},

@@ -33,6 +33,7 @@ from megatron_let.exit_status import (
     write_exit_status,
 )
 from megatron_let.lifetime import ELASTIC_RUN_VARIABLE, die_with_launcher, take_children_along
+from megatron_let.signal_pipe import take_signals_back
 from megatron_let.slurm import SLURM_TASKS_VARIABLE, adopt_slurm_ranks
 
 # Under bare torchrun (and srun --kill-on-bad-exit) all ranks meet the same configuration error within moments. Rank 0
@@ -157,6 +158,7 @@ def run_main(main: Callable[[RunReport], int]) -> int:
     A `LetError` becomes one line `error: ...`; anything else keeps its traceback and code 1; Ctrl-C is 130.
     SIGTERM keeps its default action (or what `main` makes of it), so that a hung collective cannot delay it.
     """
+    take_signals_back()
     die_with_launcher()
     take_children_along()
     report = RunReport()

@@ -14,6 +14,26 @@ REPEAT_SECONDS = 5.0
 """A signal that comes again sooner is one signal, delivered twice: by a scheduler and by the launcher, to a group and to
 each of its programs. Later it is a second one, by somebody who does not want to wait."""
 
+_RELIED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
+_MEANT_TO_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
+
+
+def take_signals_back() -> None:
+    """Undo what the program that started this one made of the signals that a run relies on.
+
+    Ignored signals and the mask of blocked ones are inherited: SIGTERM and SIGUSR1 would never arrive, and without SIGCHLD
+    the exit code of a worker is lost. Main thread only.
+    """
+    for number in _RELIED_ON:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_RELIED_ON, *_MEANT_TO_BE_IGNORED})
+
+
+def is_meant_to_be_ignored(number: int) -> bool:
+    """Return whether the starter of this program shields it: `nohup` from SIGHUP, a script's background from SIGINT."""
+    return number in _MEANT_TO_BE_IGNORED and signal.getsignal(number) == signal.SIG_IGN
+
 
 @contextmanager
 def heard_signals(numbers: Collection[int], hear: Callable[[int, float], None]) -> Iterator[None]:

@@ -10,7 +10,7 @@
 # the --save directory. This script ends with the run's own code.
 #
 # SIGTERM, SIGUSR1, SIGINT and SIGHUP go to the run, which is then waited for and not started again. A run under srun gets SIGUSR1
-# for SIGTERM and SIGHUP, which srun does not hand on.
+# for SIGTERM and SIGHUP, which srun does not hand on. Under nohup a hangup is ignored.
 #
 # Options, before the command:
 #   --max-restarts N           stop after N restarts in a row without a newer checkpoint (3)
@@ -18,6 +18,15 @@
 #   --save-directory DIR       where the checkpoints are, when the command does not name it by --save
 #   --restart-after-signal     start again also after a signal to this script
 set -euo pipefail
+
+# A shell cannot trap a signal that came ignored. nohup's SIGHUP and a background job's SIGINT are meant to stay so.
+if [[ "$(trap -p TERM USR1)" == *"''"* ]]; then
+    exec python3 -c '
+import os, signal, sys
+for name in ("SIGTERM", "SIGUSR1", "SIGPIPE", "SIGXFSZ"):  # Python itself ignores the last two
+    signal.signal(getattr(signal, name), signal.SIG_DFL)
+os.execvp("bash", ["bash", *sys.argv[1:]])' "${BASH_SOURCE[0]}" "$@"
+fi
 
 max_restarts=3 pause=10 directory="" restart_after_signal=no
 

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
 
 from megatron_let.testing.distributed import RankPool
-
-OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
-    "WANDB_MODE": "offline",
-    "TOKENIZERS_PARALLELISM": "false",
-    "CUDA_VISIBLE_DEVICES": "",
-    "OMP_NUM_THREADS": "1",
-}
+from tests.surroundings import forget_failure, nothing_left_behind, set_surroundings
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set the environment before any test module, and with it torch, is imported.
+    """Set the surroundings before any test module, and with it torch, is imported."""
+    set_surroundings()
 
-    A shell makes its background jobs ignore SIGINT, and they their children: those of the tests begin as from a terminal.
-    """
-    os.environ.update(OFFLINE)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Keep what a failed test held from being blamed on a later one."""
+    outcome = yield
+    if getattr(sys, "last_value", None) is not None:
+        forget_failure()
+    return outcome
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    """Fail the test that leaves something to the next, not the next."""
+    with nothing_left_behind():
+        yield
 
 
 @pytest.fixture(scope="session")

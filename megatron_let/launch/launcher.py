@@ -8,7 +8,8 @@ Takes torchrun's own arguments (`--help` lists them); on one node a free port is
 * What is shown last is that worker's one line (`error: ...`), or its traceback, and nothing after it.
 * SIGTERM, SIGUSR1, SIGINT, SIGHUP and SIGQUIT go to the workers, which end as they see fit, and the code is theirs.
   Those still there after `--shutdown-timeout` seconds (300), or at a second Ctrl-C, are killed. (What comes within
-  5 seconds of the first Ctrl-C is the same one: a terminal and a script may both deliver it.)
+  5 seconds of the first Ctrl-C is the same one: a terminal and a script may both deliver it.) Under `nohup` a hangup
+  is ignored.
 
 When a worker fails, the others get SIGTERM at once and SIGKILL 30 seconds later.
 """
@@ -37,6 +38,7 @@ from megatron_let.exit_status import (
 from megatron_let.launch.failures import Failure, first_failure
 from megatron_let.launch.signals import forwarded_signals
 from megatron_let.lifetime import LAUNCHER_PID_VARIABLE
+from megatron_let.signal_pipe import take_signals_back
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -60,6 +62,7 @@ class _ElasticLog(logging.Handler):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Launch what `argv` names (default: the command line) and return the exit code."""
+    take_signals_back()
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     try:
         _check(arguments)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from megatron_let.signal_pipe import REPEAT_SECONDS, heard_signals
+from megatron_let.signal_pipe import REPEAT_SECONDS, heard_signals, is_meant_to_be_ignored
 
 
 @contextmanager
@@ -16,12 +16,13 @@ def forwarded_signals(names: Sequence[str], *, grace: float) -> Iterator[None]:
     """Pass these signals on to the workers for the duration of a block.
 
     With no worker there, the launcher ends with 128 + n. `grace`: seconds from the first signal until the workers that
-    are still there are killed.
+    are still there are killed. Under `nohup` SIGHUP stays ignored, here and by the workers.
     """
     forwarder = _Forwarder(grace)
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     try:
         with heard_signals(
-            [getattr(signal, name) for name in names if hasattr(signal, name)], forwarder.hear
+            [number for number in numbers if not is_meant_to_be_ignored(number)], forwarder.hear
         ):
             yield
     finally:

@@ -29,9 +29,8 @@ from megatron_let.mcore.index_cache import (
     CachedGPTDataset,
     default_cache,
 )
+from megatron_let.mcore.loading import LoadedMicrobatches, Sample
 from megatron_let.mcore.parallel import ParallelContext
-
-Sample = dict[str, torch.Tensor]
 
 
 class DataTokenizer(Protocol):
@@ -318,4 +317,4 @@ def microbatches(
         # A loader draws a seed when iteration starts; from its own generator, so that the run's stays untouched.
         generator=torch.Generator(),
     )
-    return iter(loader)
+    return LoadedMicrobatches(loader, rank=context.rank)

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _start(options: argparse.Namespace, scratch: Path) -> int:
     """Have a program of its own explore, for libFuzzer ends the one that it runs in; pass on what it says."""
-    from tests.conftest import OFFLINE
+    from tests.surroundings import OFFLINE
 
     command = [sys.executable, "-m", "tests.fuzz.guided", options.target, "--seconds", str(options.seconds)]
     command += ["--within", str(scratch), "--corpus", str(options.corpus or scratch / "corpus")]

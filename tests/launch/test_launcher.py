@@ -29,8 +29,10 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
     """Return a function that starts the program on two ranks; what still runs after the test is killed."""
     started: list[subprocess.Popen] = []
 
-    def start(ending: str, *arguments: str, launcher: str = "megatron_let.launch") -> subprocess.Popen:
-        command = [sys.executable, "-m", launcher, "--nproc-per-node", "2", *arguments]
+    def start(
+        ending: str, *arguments: str, launcher: str = "megatron_let.launch", before: tuple[str, ...] = ()
+    ) -> subprocess.Popen:
+        command = [*before, sys.executable, "-m", launcher, "--nproc-per-node", "2", *arguments]
         environment = {name: value for name, value in os.environ.items() if name != "RANK"}
         environment["PYTHONPATH"] = str(ROOT)
         program = subprocess.Popen(
@@ -135,6 +137,17 @@ def test_a_signal_goes_to_the_workers_which_may_save_and_choose_the_code(
     assert program.returncode == 5, err
     assert all(int((tmp_path / f"saved_{rank}").read_text()) >= 2 for rank in (0, 1))
     assert status_in(tmp_path)["exit_code"] == 5
+
+
+def test_under_nohup_a_hangup_is_nothing_and_sigterm_is_heard_whatever_came_ignored(
+    launch: Launch, tmp_path: Path
+) -> None:
+    program = launch("saves_on_sigterm", before=("bash", "-c", "trap '' HUP TERM USR1; exec \"$@\"", "shell"))
+    wait_for(lambda: all((tmp_path / f"ready_{rank}").exists() for rank in (0, 1)))
+    os.killpg(program.pid, signal.SIGHUP)  # the launcher alone: each worker has a group of its own
+    program.send_signal(signal.SIGTERM)
+    _, err = program.communicate(timeout=LIMIT)
+    assert program.returncode == 5, err
 
 
 def test_workers_that_ignore_sigterm_are_killed_after_the_grace(launch: Launch, tmp_path: Path) -> None:

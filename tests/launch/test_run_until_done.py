@@ -37,9 +37,11 @@ def start(tmp_path: Path) -> Iterator[Start]:
     save.mkdir()
     started: list[subprocess.Popen] = []
 
-    def begin(*lines: str, options: tuple[str, ...] = ()) -> subprocess.Popen:
+    def begin(*lines: str, options: tuple[str, ...] = (), ignored: str = "") -> subprocess.Popen:
         plan.write_text("".join(f"cd '{save}'; {line}\n" for line in lines))
         command = ["bash", str(SCRIPT), "--pause", "0", *options, str(stub), "--save", str(save)]
+        if ignored:
+            command = ["bash", "-c", f"trap '' {ignored}; exec \"$@\"", "shell", *command]
         environment = {**os.environ, "PLAN": str(plan)}
         program = subprocess.Popen(
             command,
@@ -151,6 +153,19 @@ def test_a_signal_goes_to_the_run_which_is_waited_for_and_not_started_again(
     assert num_starts(tmp_path) == 1
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_that_came_ignored_is_heard_and_under_nohup_a_hangup_is_nothing(
+    name: str, start: Start, tmp_path: Path
+) -> None:
+    ready = tmp_path / "ready"
+    waits = f"trap 'exit 3' {name[3:]}; touch '{ready}'; while :; do sleep 0.05; done"
+    program = start(waits, "exit 77", ignored="HUP TERM USR1")
+    wait_for(ready.exists)
+    os.killpg(program.pid, signal.SIGHUP)  # the script and its run, as when a terminal closes
+    program.send_signal(getattr(signal, name))
+    assert ended(program) == (3, f"run_until_done: exit code 3 after {name}: not started again")
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_srun_gets_the_one_signal_that_it_hands_to_its_tasks(name: str, tmp_path: Path) -> None:
     ready, srun = tmp_path / "ready", tmp_path / "srun"
@@ -162,12 +177,9 @@ def test_srun_gets_the_one_signal_that_it_hands_to_its_tasks(name: str, tmp_path
     program = subprocess.Popen(
         ["bash", str(SCRIPT), str(srun), "--save", str(tmp_path)], stderr=subprocess.PIPE, text=True
     )
-    try:
-        wait_for(ready.exists)
-        program.send_signal(getattr(signal, name))
-        assert ended(program) == (3, f"run_until_done: exit code 3 after {name}: not started again")
-    finally:
-        program.kill()
+    wait_for(ready.exists)
+    program.send_signal(getattr(signal, name))
+    assert ended(program) == (3, f"run_until_done: exit code 3 after {name}: not started again")
 
 
 def test_a_signal_is_followed_by_a_start_when_that_is_asked_for(start: Start, tmp_path: Path) -> None:

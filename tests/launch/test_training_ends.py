@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,7 +66,6 @@ CAUSES = {
     "slow_end": "RuntimeError: the tap dripped",
     "save": "RuntimeError: the tap dripped",
     "loader": "RuntimeError: the tap dripped",
-    "kill_loader": "is killed by signal: Killed.",
 }
 
 
@@ -83,6 +83,17 @@ def test_what_fails_on_one_rank_is_said_last_and_ends_all(fault: str, launch: La
     assert (status["exit_code"], status["reason"]) == (1, "crash")
     assert not workers_run(tmp_path)
     assert read_tracker(tmp_path / "save") == (None if fault == "loader" else 2)
+
+
+def test_a_killed_data_loader_worker_is_named_with_its_signal(launch: Launch, tmp_path: Path) -> None:
+    program = launch("kill_loader", changes={"--save-interval": 2})
+    _, err = program.communicate(timeout=LIMIT)
+    assert program.returncode == 1, err
+    last = err.splitlines()[-1]
+    assert re.match(r"error: data-loader worker 0 \(pid \d+\) of rank 1 was ended by SIGKILL \(often: ", last)
+    assert "Traceback" not in err
+    assert status_in(tmp_path / "save")["message"] == last
+    assert not workers_run(tmp_path)
 
 
 def test_sigterm_to_everything_at_once_and_twice_saves_and_is_not_started_again(

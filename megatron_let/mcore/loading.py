@@ -1,0 +1,84 @@
+"""Microbatches out of torch's data loader, whose failures are told by what they are: which worker ended, and how.
+
+A worker that is killed shows itself in several ways, and which is first is chance: a connection that is reset, an empty
+queue, SIGCHLD. All end in one line here.
+"""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
+
+import torch
+from torch.utils.data import DataLoader
+
+from megatron_let.errors import LetError
+from megatron_let.exit_status import signal_name
+
+Sample = dict[str, torch.Tensor]
+
+_DEATH_SECONDS = 5.0
+"""A dying worker closes its connections first; it is gone within moments."""
+_SIGNS_OF_DEATH = (OSError, EOFError, pickle.UnpicklingError)
+_HINTS = {
+    -signal.SIGKILL: " (often: the machine is out of memory; fewer --num-workers need less)",
+    -signal.SIGBUS: " (often: /dev/shm is full; enlarge it, or --num-workers 0 does without)",
+}
+
+
+class LoaderError(LetError):
+    """A worker of the data loader has ended; the line says which, and how."""
+
+
+class LoadedMicrobatches(Iterator[Sample]):
+    """The microbatches of a data loader, in order."""
+
+    def __init__(self, loader: DataLoader[Sample], *, rank: int) -> None:
+        self._rank = rank
+        is_main = threading.current_thread() is threading.main_thread()
+        action = signal.getsignal(signal.SIGCHLD)
+        self._iterator = iter(loader)
+        # torch's action would raise wherever the main thread happens to be, a save included.
+        if is_main:
+            signal.signal(signal.SIGCHLD, action)
+
+    def __next__(self) -> Sample:
+        """Return the next microbatch.
+
+        Raises:
+            LoaderError: a worker has ended.
+        """
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            raise
+        except Exception as error:
+            workers: Sequence[BaseProcess] = getattr(self._iterator, "_workers", ())
+            may_be_dying = isinstance(error, _SIGNS_OF_DEATH)
+            ended = _ended(workers, within=_DEATH_SECONDS if may_be_dying else 0.0)
+            if ended is None:
+                raise
+            raise LoaderError(f"{self._describe(ended, workers[ended])}") from error
+
+    def _describe(self, number: int, worker: BaseProcess) -> str:
+        code = worker.exitcode or 0
+        how = f"was ended by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        return (
+            f"data-loader worker {number} (pid {worker.pid}) of rank {self._rank} {how}{_HINTS.get(code, '')}"
+        )
+
+
+def _ended(workers: Sequence[BaseProcess], *, within: float) -> int | None:
+    """Return the number of a worker that has ended, or does so within so many seconds; None when all go on."""
+    deadline = time.monotonic() + within
+    while True:
+        for number, worker in enumerate(workers):
+            if worker.exitcode is not None:
+                return number
+        if not workers or time.monotonic() >= deadline:
+            return None
+        time.sleep(0.02)

@@ -3,6 +3,9 @@
 All of it lies in PREFIX.partial/: the growing pairs, `journal.json` with how much of them is whole and how far the
 input was read, and `lock`, which the run holds. The journal is replaced in one step after the pairs are on disk; what
 the pairs hold beyond it is cut off when the run goes on. PREFIX.partial/ disappears when all is under its name.
+
+A directory of that name which no run made, as `lock` tells, is somebody's: it is refused. Of an own one only files of
+the names that runs write are ever deleted.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +23,16 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from megatron_let.errors import ConfigError
+from megatron_let.log import LOGGER
 from megatron_let.plain_json import read_json, require_fields, shown
 
 JOURNAL_VERSION = 1
 _JOURNAL, _LOCK = "journal.json", "lock"
+# In `lock`: what tells a directory that a run made from somebody's.
+_MARK = "Unfinished output of megatron_let: the command that was stopped goes on from it.\n"
+_OWN_NAME = re.compile(r"lock|journal\.json(\.new)?|(\d{4,}|merged)\.[a-z_.]+")
+# What a network file system calls an open file that was deleted.
+_GHOST = ".nfs"
 _SHOWN_CHANGES = 12
 # What a file system without locks answers; a run there goes on without.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -41,15 +51,16 @@ class Journal:
 
 
 class WorkingDirectory:
-    """PREFIX.partial/, held by one run at a time."""
+    """PREFIX.partial/, held by one run at a time. Files in it have names of the form 0000.KIND."""
 
-    def __init__(self, prefix: str) -> None:
-        """Create the directory and lock it.
+    def __init__(self, prefix: str, inputs: Sequence[str] = ()) -> None:
+        """Create the directory, or take over one that a run left, and lock it.
 
         Raises:
-            ConfigError: another run holds it, or it cannot be written.
+            ConfigError: another run holds it, no run made it, one of `inputs` lies in it, or it cannot be written.
         """
         self.path = Path(f"{prefix}.partial")
+        self.refuse_inputs(inputs)
         try:
             self._lock = _hold(self.path)
         except BlockingIOError:
@@ -58,6 +69,15 @@ class WorkingDirectory:
             ) from None
         except OSError as error:
             raise ConfigError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def refuse_inputs(self, paths: Sequence[str]) -> None:
+        """Raise ConfigError for a path in this directory: what lies here is deleted when the run is done."""
+        here = os.path.realpath(self.path)
+        for path in paths:
+            if Path(os.path.realpath(path)).is_relative_to(here):
+                raise ConfigError(
+                    f"input {path} lies in {self.path}, where the run keeps its unfinished files: give another --output-prefix"
+                )
 
     def read_journal(self) -> Journal | None:
         """Return the journal, None when there is none.
@@ -109,19 +129,24 @@ class WorkingDirectory:
         return (self.path / _JOURNAL).exists()
 
     def clear(self) -> None:
-        """Delete everything but the lock, the journal first: without it nothing that is left counts."""
+        """Delete what runs write here but the lock, the journal first: without it nothing that is left counts."""
         (self.path / _JOURNAL).unlink(missing_ok=True)
         for path in self.path.iterdir():
-            if path.name != _LOCK:
+            if path.name != _LOCK and _OWN_NAME.fullmatch(path.name):
                 path.unlink()
 
     def remove(self) -> None:
-        """Delete the directory, the lock last, and hold it no longer."""
-        if not self._lock.closed:
-            self.clear()
+        """Delete the directory, the lock last, and hold it no longer. With somebody's files in it, it stays."""
+        if self._lock.closed:
+            return
+        self.clear()
+        if others := sorted(_names_in(self.path) - {_LOCK}):
+            LOGGER.warning("%s stays: %s in it is not of this program", self.path, others[0])
+        else:
             (self.path / _LOCK).unlink()
-            self.path.rmdir()
-            self._lock.close()
+            with suppress(OSError):  # a mount, a link, or a file system that keeps open files
+                self.path.rmdir()
+        self._lock.close()
 
     def __enter__(self) -> WorkingDirectory:
         return self
@@ -158,7 +183,8 @@ def _hold(directory: Path) -> TextIO:
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            lock = (directory / _LOCK).open("w")
+            _require_own(directory)
+            lock = (directory / _LOCK).open("a+", encoding="utf-8")
         except FileNotFoundError:
             continue  # the run that held it has just removed it
         try:
@@ -168,8 +194,34 @@ def _hold(directory: Path) -> TextIO:
                 lock.close()
                 raise
         if _is_same_file(lock, directory / _LOCK):
+            if not os.fstat(lock.fileno()).st_size:
+                lock.write(_MARK)
+                lock.flush()
             return lock
         lock.close()
+
+
+def _require_own(directory: Path) -> None:
+    """Raise ConfigError for a directory with content that no run wrote. One killed at its start leaves an empty lock."""
+    names = _names_in(directory)
+    if not names or (_LOCK in names and _has_mark(directory / _LOCK)):
+        return
+    others = sorted(name for name in names if not _OWN_NAME.fullmatch(name))
+    if others or _LOCK not in names or (directory / _LOCK).stat().st_size:
+        example = min(others or names)
+        raise ConfigError(
+            f"{directory} is not of this program, which keeps unfinished files under that name ({example} lies there): "
+            "nothing was touched; give another --output-prefix or move it away"
+        )
+
+
+def _has_mark(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(len(_MARK) + 1) == _MARK.encode()
+
+
+def _names_in(directory: Path) -> set[str]:
+    return {name for name in os.listdir(directory) if not name.startswith(_GHOST)}
 
 
 def _is_same_file(stream: TextIO, path: Path) -> bool:

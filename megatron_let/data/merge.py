@@ -76,7 +76,7 @@ def merge(
     if Path(output_prefix).resolve() in {Path(prefix).resolve() for prefix in prefixes}:
         raise ConfigError(f"--output-prefix {output_prefix} is one of the inputs: give another name")
     try:
-        with WorkingDirectory(output_prefix) as directory:
+        with WorkingDirectory(output_prefix, prefixes) as directory:
             _refuse_stopped_run(directory, output_prefix)
             directory.clear()
             stem = directory.path / "merged"

@@ -72,7 +72,7 @@ def preprocess(
     """
     check_settings(settings)
     arguments = arguments_of(settings, tokenizer)
-    with WorkingDirectory(settings.output_prefix) as directory:
+    with WorkingDirectory(settings.output_prefix, settings.inputs) as directory:
         journal = None if settings.restart else directory.read_journal()
         if journal is not None:
             require_same(journal, arguments, directory.path)
@@ -120,6 +120,7 @@ class _Run:
         )
         self._outputs = Outputs(directory.path, settings.output_prefix, self._rules)
         self._reading = Reading(find_sources(settings.inputs, self._input_rules))
+        directory.refuse_inputs([source.path for source in self._reading.sources])
 
     def complete(self, journal: Journal | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Encode everything that is left; return how the complete pairs are to be put under their names."""
@@ -208,9 +209,10 @@ class _Run:
             own = {prefix: manifest for prefix, manifest in manifests.items() if manifest.json_key == key}
             words = blend_words(own, self._settings.subset_weights)
             report = json.dumps(subset_report(account.state(), own, words), indent=2)
-            for name, text in ((f"{key}_subsets.json", report), (f"{key}_blend.txt", " ".join(words))):
+            for kind, text in (("subsets.json", report), ("blend.txt", " ".join(words))):
+                name = f"{len(files):04d}.{kind}"
                 write_synced(self._directory.path / name, f"{text}\n")
-                files.append([name, f"_{name}"])
+                files.append([name, f"_{key}_{kind}"])
             for prefix in sorted(set(own) - set(words)):
                 self._write_line(f"--subset-weights leaves {prefix} out of the blend")
         return files

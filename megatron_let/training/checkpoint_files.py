@@ -23,6 +23,7 @@ from megatron_let.plain_json import fits, read_json
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 _PARTIAL = ".partial"
+_PARTIAL_NAME = re.compile(r"iter_\d{7,}(\.old)?\.partial")
 FileEntry = dict[str, object]
 """`bytes` and `sha256` of a file."""
 _NOTHING: Mapping[str, FileEntry] = MappingProxyType({})
@@ -123,10 +124,11 @@ def write_atomically(path: Path, text: str) -> None:
 def prepare_partial(root: Path, iteration: int) -> Path:
     """Create the empty directory the next checkpoint is written into; what stopped saves and deletions left is removed.
 
-    Nobody else writes here: the run holds the lock of its save directory.
+    Nobody else writes here: the run holds the lock of its save directory. Names that no save gives are somebody's.
     """
     for entry in root.glob(f"iter_*{_PARTIAL}"):
-        shutil.rmtree(entry)
+        if _PARTIAL_NAME.fullmatch(entry.name):
+            shutil.rmtree(entry)
     directory = partial_directory(root, iteration)
     directory.mkdir(parents=True)
     return directory

@@ -54,7 +54,7 @@ def test_clearing_and_removing(tmp_path: Path) -> None:
 def test_the_journal_goes_first_and_the_lock_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a kill in the middle leaves is nothing to go on from, and held by the one who deletes it."""
     with WorkingDirectory(str(tmp_path / "out")) as directory:
-        for name in ("0000.bin", "aaa", "zzz"):
+        for name in ("0000.bin", "0001.lengths", "merged.idx"):
             (directory.path / name).write_bytes(b"x")
         directory.write_journal(JOURNAL)
         deleted: list[str] = []
@@ -70,6 +70,55 @@ def test_the_journal_goes_first_and_the_lock_last(tmp_path: Path, monkeypatch: p
     assert deleted[0] == "journal.json"
     assert deleted[-1] == "lock"
     assert len(deleted) == 5
+
+
+@pytest.mark.parametrize("name", ["00.jsonl", "lock", "journal.json", "0000.bin", "sub"])
+def test_a_directory_that_no_run_made_is_refused_and_left_as_it_is(tmp_path: Path, name: str) -> None:
+    place = tmp_path / "out.partial" / name
+    place.parent.mkdir()
+    place.mkdir() if name == "sub" else place.write_text("the only copy")
+    with pytest.raises(ConfigError, match=rf"out\.partial is not of this program.*\({name} lies there\)"):
+        WorkingDirectory(str(tmp_path / "out"))
+    assert [path.name for path in place.parent.iterdir()] == [name]
+    assert name == "sub" or place.read_text() == "the only copy"
+
+
+@pytest.mark.parametrize("left", [[], ["lock"], ["lock", "journal.json", "0000.bin"]])
+def test_what_an_early_kill_or_an_older_version_left_is_taken_over(tmp_path: Path, left: list[str]) -> None:
+    directory = tmp_path / "out.partial"
+    directory.mkdir()
+    for name in left:
+        (directory / name).write_text("")
+    with WorkingDirectory(str(tmp_path / "out")) as taken:
+        taken.clear()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_somebodys_file_in_the_directory_of_a_run_outlives_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):  # and the next run takes the directory over as well
+        with WorkingDirectory(str(tmp_path / "out")) as directory:
+            directory.write_journal(JOURNAL)
+            (directory.path / "00.jsonl").write_text("the only copy")
+            (directory.path / "0000.bin").write_bytes(b"x")
+            directory.remove()
+        assert sorted(path.name for path in directory.path.iterdir()) == ["00.jsonl", "lock"]
+        assert "out.partial stays: 00.jsonl in it is not of this program" in caplog.text
+
+
+@pytest.mark.parametrize("given", ["out.partial", "out.partial/0000.bin", "out.partial/*.jsonl", "linked/x"])
+def test_an_input_in_the_directory_is_refused_before_it_is_touched(tmp_path: Path, given: str) -> None:
+    with WorkingDirectory(str(tmp_path / "out")) as directory:
+        (directory.path / "0000.bin").write_text("the only copy")
+        directory.path.rename(tmp_path / "away")  # as a kill leaves it
+    (tmp_path / "away").rename(directory.path)
+    (tmp_path / "linked").symlink_to("out.partial")
+    with pytest.raises(
+        ConfigError, match=r"^input .* lies in .*out\.partial, where .* another --output-prefix$"
+    ):
+        WorkingDirectory(str(tmp_path / "out"), [str(tmp_path / given)])
+    assert (directory.path / "0000.bin").read_text() == "the only copy"
 
 
 def test_a_directory_that_was_removed_is_not_removed_again(tmp_path: Path) -> None:

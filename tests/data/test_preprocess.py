@@ -276,3 +276,19 @@ def test_megatron_core_trains_on_the_result(
     stream = [token_id for text in texts for token_id in [*tokenizer.tokenize(text), tokenizer.eod]]
     assert set(sample) <= set(stream)
     assert tokenizer.fingerprint in dataset.unique_description
+
+
+def test_a_folder_named_like_the_working_directory_keeps_what_is_in_it(tmp_path: Path) -> None:
+    folder = tmp_path / "pile.partial"
+    folder.mkdir()
+    (folder / "00.jsonl").write_text('{"text": "1"}\n')
+    (tmp_path / "other.jsonl").write_text('{"text": "1"}\n')
+    for given, message in (
+        (folder, "lies in .*pile.partial"),
+        (tmp_path / "other.jsonl", "is not of this program"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            preprocess(
+                PreprocessSettings((str(given),), str(tmp_path / "pile")), NullTokenizer(9), lambda line: None
+            )
+    assert [path.name for path in folder.iterdir()] == ["00.jsonl"]

@@ -201,6 +201,19 @@ def test_a_kill_while_a_checkpoint_is_deleted_leaves_no_part_of_it(tmp_path: Pat
     assert [path.name for path in tmp_path.glob("*.partial")] == ["iter_0000040.partial"]
 
 
+def test_a_directory_that_no_save_named_is_not_removed(tmp_path: Path) -> None:
+    for name in ("iter_best.partial", "iter_0000010.mine.partial", "iter_0000010.partial", "iter_7.partial"):
+        (tmp_path / name).mkdir()
+    files.prepare_partial(tmp_path, 40)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [
+        "iter_0000010.mine.partial",
+        "iter_0000040.partial",
+        "iter_7.partial",
+        "iter_best.partial",
+    ]
+
+
 def test_a_manifest_does_not_lead_out_of_its_directory(tmp_path: Path) -> None:
     directory = write(tmp_path, 100)
     manifest = json.loads((directory / "manifest.json").read_text())

@@ -7,14 +7,15 @@ a small share of the texts again: a difference ends the run instead of reaching 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from megatron_let.data.batch_encoders import BackendEncoder, BatchEncoder, EncodedTexts, SentencePieceEncoder
+from megatron_let.data.batch_encoders import BatchEncoder, EncodedTexts
+from megatron_let.data.gigatoken_form import gigatoken_form
 from megatron_let.data.hf_directory import first_line
 from megatron_let.data.probes import probe_texts
 from megatron_let.errors import ConfigError, LetError
@@ -49,8 +50,10 @@ class GigatokenEncoder(BatchEncoder):
         """Build from a tokenizer that gigatoken knows; otherwise raises whatever gigatoken does, or ValueError."""
         self.reference = reference
         self.is_local = reference.is_local
+        self.separator = reference.separator
+        self.max_whole_bytes = reference.max_whole_bytes
         self.checked_share = checked_share
-        self._definition = _definition_of(reference)
+        self._form = gigatoken_form(reference)
         self._credit = 0.0
         self._num_checked = 0
         self._start()
@@ -68,7 +71,7 @@ class GigatokenEncoder(BatchEncoder):
         return self.reference.definition()
 
     def encode_unchecked(self, texts: Sequence[str]) -> EncodedTexts:
-        """Return gigatoken's ids without a look at the reference."""
+        """Return gigatoken's ids, without a look at the reference but for texts that only the reference can encode."""
         if not texts:
             return EncodedTexts(np.empty(0, dtype=np.uint32), np.empty(0, dtype=np.int64))
         try:
@@ -80,7 +83,31 @@ class GigatokenEncoder(BatchEncoder):
                 raise
             raise _failure(f"gigatoken failed: {error}") from error
         offsets = np.asarray(layout.offsets.data, dtype=np.int64)
-        return EncodedTexts(layout.content.data[offsets[0] : offsets[-1]], np.diff(offsets))
+        ids = layout.content.data[offsets[0] : offsets[-1]]
+        return self._without_stand_ins(texts, EncodedTexts(ids, np.diff(offsets)))
+
+    def _without_stand_ins(self, texts: Sequence[str], encoded: EncodedTexts) -> EncodedTexts:
+        """Put the tokenizer's ids where gigatoken was given others (see gigatoken_form.py)."""
+        places = np.flatnonzero(encoded.ids >= self._form.first_stand_in)
+        if not len(places):
+            return encoded
+        ends = np.cumsum(encoded.lengths)
+        batch = np.split(encoded.ids, ends[:-1])
+        for index in np.unique(np.searchsorted(ends, places, side="right")).tolist():
+            batch[index] = self._own_ids(texts[index], batch[index])
+        lengths = np.array([len(ids) for ids in batch], dtype=np.int64)
+        return EncodedTexts(np.concatenate(batch), lengths)
+
+    def _own_ids(self, text: str, ids: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.integer[Any]]:
+        first = self._form.first_stand_in
+        places = np.flatnonzero(ids >= first)
+        meant = [self._form.stand_ins[int(ids[place]) - first] for place in places]
+        pieces = [ids[: places[0]]]
+        for own, start, end in zip(meant, places + 1, [*places[1:], len(ids)], strict=True):
+            if own is None:
+                return self.reference.encode([text]).ids
+            pieces += [np.array(own, dtype=ids.dtype), ids[start:end]]
+        return np.concatenate(pieces)
 
     def __reduce__(self) -> tuple[type[GigatokenEncoder], tuple[BatchEncoder, float]]:
         """Build again from the reference in the other process."""
@@ -89,7 +116,7 @@ class GigatokenEncoder(BatchEncoder):
     def _start(self) -> None:
         from gigatoken import Tokenizer
 
-        self._tokenizer: Any = Tokenizer.from_json(self._definition)
+        self._tokenizer: Any = Tokenizer.from_json(self._form.definition)
         self._characters_since_start = 0
         self._characters_since_look = 0
         self._bytes_at_start = _resident_bytes()
@@ -191,27 +218,6 @@ def _difference(text: str, ids: list[int], expected: list[int]) -> str:
 
 def _failure(message: str) -> LetError:
     return LetError(f"{message}; run again with --encoder plain")
-
-
-def _definition_of(reference: BatchEncoder) -> str:
-    """Return a tokenizer.json from which gigatoken builds the same tokenizer."""
-    if isinstance(reference, BackendEncoder):
-        definition = reference.backend.to_str()
-        takes_special_tokens_as_text = bool(reference.backend.encode_special_tokens)
-    elif isinstance(reference, SentencePieceEncoder):
-        from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
-
-        definition = sentencepiece_to_tokenizer_json(reference.model)
-        takes_special_tokens_as_text = True  # SentencePiece never reads <s> or </s> from a text
-    else:
-        raise ValueError("it is neither a tokenizers backend nor a SentencePiece model")
-    return _without_special_tokens(definition) if takes_special_tokens_as_text else str(definition)
-
-
-def _without_special_tokens(definition: str) -> str:
-    content = json.loads(definition)
-    content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
-    return json.dumps(content)
 
 
 def _resident_bytes() -> int | None:

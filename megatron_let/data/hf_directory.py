@@ -97,6 +97,28 @@ def _torch_hidden() -> Iterator[None]:
             os.environ[quiet] = before
 
 
+def file_in(name_or_path: str, name: str) -> Path | None:
+    """Return where the file `name` of a tokenizer lies, in its directory or the local Hugging Face cache."""
+    if os.path.isdir(name_or_path):
+        path = Path(name_or_path) / name
+        return path if path.is_file() else None
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(
+        name_or_path,
+        name,
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def is_rebuilt_by_class(tokenizer: Any) -> bool:
+    """Return whether transformers took vocabulary and merges from tokenizer.json and the rest from the class."""
+    return "__init__" in vars(type(tokenizer)) and type(tokenizer).__name__ != "TokenizersBackend"
+
+
 def token_to_id_of(tokenizer: Any) -> dict[str, int]:
     """Return the full map of a transformers tokenizer, added tokens included."""
     return {str(token): int(token_id) for token, token_id in tokenizer.get_vocab().items()}

@@ -53,7 +53,7 @@ _MAX_SPECIAL_PROBES = 64
 
 def probe_texts(encoder: BatchEncoder) -> list[str]:
     """Return fixed texts, the encoder's special tokens in several surroundings, and its own tokens put in a row."""
-    specials = _special_texts(encoder)
+    specials = special_texts(encoder)
     probes = list(_PLAIN_PROBES)
     for text in specials[:_MAX_SPECIAL_PROBES]:
         probes += [
@@ -69,7 +69,7 @@ def probe_texts(encoder: BatchEncoder) -> list[str]:
     return probes + _token_runs(encoder)
 
 
-def _special_texts(encoder: BatchEncoder) -> list[str]:
+def special_texts(encoder: BatchEncoder) -> list[str]:
     """Return the tokens that are looked for in a text before it is split: added, control and user-defined ones."""
     if isinstance(encoder, BackendEncoder):
         return [token.content for token in encoder.backend.get_added_tokens_decoder().values()]

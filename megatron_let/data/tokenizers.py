@@ -19,8 +19,8 @@ from megatron_let.data.batch_encoders import (
     BatchEncoder,
     NullEncoder,
     SentencePieceEncoder,
-    SlowHuggingFaceEncoder,
 )
+from megatron_let.data.directory_encoder import directory_encoder
 from megatron_let.data.fingerprint import document_special_ids, fingerprint_of, fingerprint_of_hf_tokenizer
 from megatron_let.errors import ConfigError, MissingFilesError
 
@@ -88,8 +88,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self, name_or_path: str, *, encode_special_tokens: bool = False, without_torch: bool = False
     ) -> None:
         self._tokenizer = hf_directory.load_auto_tokenizer(name_or_path, without_torch=without_torch)
+        self._encoder = directory_encoder(self._tokenizer, name_or_path)
         if encode_special_tokens:
-            _take_special_tokens_as_text(self._tokenizer, name_or_path)
+            _take_special_tokens_as_text(self._encoder, name_or_path)
         self.name = _absolute(name_or_path)
         self.vocab_size = _largest_id(hf_directory.token_to_id_of(self._tokenizer), self.name) + 1
         self.eod = _require_eod(hf_directory.end_of_document_id_of(self._tokenizer), self.name)
@@ -98,9 +99,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def batch_encoder(self) -> BatchEncoder:
         """See Tokenizer."""
-        if self._tokenizer.is_fast:
-            return BackendEncoder(self._tokenizer.backend_tokenizer)
-        return SlowHuggingFaceEncoder(self._tokenizer)
+        return self._encoder
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
@@ -219,13 +218,15 @@ def build_tokenizer(
     raise ConfigError(f"--tokenizer-type {tokenizer_type} is not one of {', '.join(TOKENIZER_TYPES)}")
 
 
-def _take_special_tokens_as_text(tokenizer: Any, name: str) -> None:
-    if not tokenizer.is_fast:
+def _take_special_tokens_as_text(encoder: BatchEncoder, name: str) -> None:
+    if isinstance(encoder, SentencePieceEncoder):
+        return  # it never does otherwise
+    if not isinstance(encoder, BackendEncoder):
         raise ConfigError(
             f"tokenizer {name} is one without a Rust backend: special tokens written out in a text cannot be encoded "
             "as ordinary text"
         )
-    tokenizer.backend_tokenizer.encode_special_tokens = True
+    encoder.backend.encode_special_tokens = True
 
 
 def _gpt2_backend(vocab_file: str, merge_file: str) -> Any:

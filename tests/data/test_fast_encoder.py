@@ -24,6 +24,7 @@ from megatron_let.data.batch_encoders import (
     SentencePieceEncoder,
 )
 from megatron_let.data.fast_encoder import GigatokenEncoder, choose_encoder
+from megatron_let.data.gigatoken_form import GigatokenForm
 from megatron_let.data.probes import probe_texts
 from megatron_let.errors import ConfigError, LetError
 from megatron_let.optional import has_gigatoken
@@ -77,7 +78,7 @@ def imitation(monkeypatch: pytest.MonkeyPatch) -> list[GigatokenEncoder]:
         encoder._bytes_at_start = fast_encoder._resident_bytes()
 
     monkeypatch.setattr(fast_encoder, "has_gigatoken", lambda: True)
-    monkeypatch.setattr(fast_encoder, "_definition_of", lambda reference: "")
+    monkeypatch.setattr(fast_encoder, "gigatoken_form", lambda reference: GigatokenForm("", 1 << 32))
     monkeypatch.setattr(fast_encoder, "probe_texts", lambda reference: ["probe"])
     monkeypatch.setattr(GigatokenEncoder, "_start", start)
     return started
@@ -222,6 +223,15 @@ def test_without_a_look_at_memory_it_starts_again_by_amount(
 
 
 @pytest.mark.usefixtures("imitation")
+def test_a_long_text_is_cut_by_the_references_rules(sentencepiece_model: Path) -> None:
+    """Else a text would be too long for the one encoder and not for the other."""
+    for reference in (SentencePieceEncoder(sentencepiece_model.read_bytes()), NullEncoder(5)):
+        encoder = GigatokenEncoder(reference)
+        for name in ("is_local", "separator", "max_whole_bytes"):
+            assert getattr(encoder, name) == getattr(reference, name)
+
+
+@pytest.mark.usefixtures("imitation")
 def test_nothing_to_encode_is_no_error() -> None:
     assert GigatokenEncoder(WordEncoder()).encode([]).to_lists() == []
     assert GigatokenEncoder(WordEncoder(), checked_share=1.0).encode(["", ""]).to_lists() == [[], []]
@@ -289,7 +299,7 @@ def test_a_tokenizer_that_gigatoken_does_not_take_is_left_to_the_library(backend
 
     reference = pickle.loads(pickle.dumps(BackendEncoder(backend)))
     reference.backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     encoder, note = choose_encoder(reference, TEXTS, "auto")
     assert encoder is reference

@@ -1,0 +1,130 @@
+"""The encoder of a Hugging Face directory, held against the directory's own files.
+
+transformers builds a tokenizer from its class and takes of the files what the class asks for. Of a SentencePiece model it
+makes merges of its own, in another order than the model's scores: other ids for most texts, runs of spaces first. Such
+a directory is encoded by its model file. Where a tokenizer.json says something else than the class does, nobody can tell
+from here which one made the model, and a warning names the difference.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_let.data.batch_encoders import (
+    BackendEncoder,
+    BatchEncoder,
+    SentencePieceEncoder,
+    SlowHuggingFaceEncoder,
+)
+from megatron_let.data.hf_directory import file_in, first_line, is_rebuilt_by_class, token_to_id_of
+from megatron_let.data.probes import probe_texts, special_texts
+from megatron_let.errors import ConfigError
+from megatron_let.log import LOGGER
+
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_SHOWN_CHARACTERS, _SHOWN_IDS = 40, 6
+_UNKNOWN = -1
+
+
+def directory_encoder(tokenizer: Any, name_or_path: str) -> BatchEncoder:
+    """Return what encodes as the tokenizer that transformers loaded from `name_or_path` should.
+
+    Raises:
+        ConfigError: transformers gives other ids than the SentencePiece model there, and the model alone cannot encode,
+            since tokens were added to it or numbered anew.
+    """
+    found = _encoder_of(tokenizer)
+    definition = file_in(name_or_path, "tokenizer.json")
+    if definition is not None:
+        _compare_with_definition(tokenizer, found, definition, name_or_path)
+        return found
+    path = next(filter(None, (file_in(name_or_path, name) for name in SENTENCEPIECE_FILES)), None)
+    model = None if path is None else _sentencepiece(path)
+    if model is None:
+        return found
+    new_ids = _new_ids(model, token_to_id_of(tokenizer))
+    texts = _texts_without_special_tokens(model, found)
+    right = [new_ids[ids].tolist() for ids in model.encode(texts).to_lists()]
+    difference = _first_difference(texts, found.encode(texts).to_lists(), right)
+    if not difference:
+        return found
+    what = f"{name_or_path}: transformers converts {path.name if path else ''} to a tokenizer with other ids ({difference})"
+    if (new_ids != np.arange(len(new_ids))).any() or _adds_words(tokenizer, model):
+        raise ConfigError(
+            f"{what}, and tokens were added to it or numbered anew; give a directory with the tokenizer.json that the "
+            "model was trained with"
+        )
+    LOGGER.warning(
+        f"{what}; the file itself encodes, special tokens written out in a text as the text they are"
+    )
+    return model
+
+
+def _encoder_of(tokenizer: Any) -> BatchEncoder:
+    return (
+        BackendEncoder(tokenizer.backend_tokenizer)
+        if tokenizer.is_fast
+        else SlowHuggingFaceEncoder(tokenizer)
+    )
+
+
+def _compare_with_definition(tokenizer: Any, found: BatchEncoder, definition: Path, name: str) -> None:
+    """Warn where the tokenizer's class makes something else of it than tokenizer.json says."""
+    if not tokenizer.is_fast or not is_rebuilt_by_class(tokenizer):
+        return
+    from tokenizers import Tokenizer
+
+    try:
+        stated_backend = Tokenizer.from_file(str(definition))
+    except Exception:  # the library raises no other; a class may do without what it does not understand
+        return
+    stated_backend.no_truncation()
+    stated_backend.no_padding()
+    stated = BackendEncoder(stated_backend)
+    texts = _texts_without_special_tokens(stated, found)
+    difference = _first_difference(texts, found.encode(texts).to_lists(), stated.encode(texts).to_lists())
+    if difference:
+        LOGGER.warning(
+            f"tokenizer {name}: transformers' {type(tokenizer).__name__} has other ids than tokenizer.json ({difference}); "
+            'they are used. If tokenizer.json is right, set "tokenizer_class" in tokenizer_config.json to '
+            '"PreTrainedTokenizerFast"'
+        )
+
+
+def _sentencepiece(path: Path) -> SentencePieceEncoder | None:
+    """Return the encoder of a model file, None where the file is of another kind (tiktoken's has the name too)."""
+    try:
+        return SentencePieceEncoder(path.read_bytes())
+    except (RuntimeError, ValueError):
+        return None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {first_line(error)}") from error
+
+
+def _new_ids(model: SentencePieceEncoder, token_to_id: dict[str, int]) -> Any:
+    """Return [pieces] int64: the id that transformers gives each piece, -1 where it has none."""
+    pieces = map(model.processor.id_to_piece, range(model.processor.get_piece_size()))
+    return np.array([token_to_id.get(piece, _UNKNOWN) for piece in pieces], dtype=np.int64)
+
+
+def _adds_words(tokenizer: Any, model: SentencePieceEncoder) -> bool:
+    """Return whether there are added tokens beside special ones: words that a text may hold."""
+    num_pieces = model.processor.get_piece_size()
+    added = tokenizer.added_tokens_decoder
+    return any(token_id >= num_pieces and not token.special for token_id, token in added.items())
+
+
+def _texts_without_special_tokens(*encoders: BatchEncoder) -> list[str]:
+    """Return probes without special tokens: whether those are looked for in a text is another question."""
+    special = {text for encoder in encoders for text in special_texts(encoder) if text}
+    return [text for text in probe_texts(encoders[0]) if not any(token in text for token in special)]
+
+
+def _first_difference(texts: list[str], found: list[list[int]], right: list[list[int]]) -> str:
+    for text, ids, right_ids in zip(texts, found, right, strict=True):
+        if ids != right_ids:
+            return f"{text[:_SHOWN_CHARACTERS]!a} gives {ids[:_SHOWN_IDS]}, there {right_ids[:_SHOWN_IDS]}"
+    return ""

@@ -98,20 +98,29 @@ def check_safetensors(directory: Path) -> Stored:
     Raises:
         ConfigError: no safetensors weights, a shard missing, or a file cut off or damaged.
     """
+    shapes = stored_shapes(directory)
+    return Stored(len(shapes), sum(math.prod(shape) for shape in shapes.values()))
+
+
+def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor in the weight files, by the name that it has there.
+
+    Raises:
+        ConfigError: as check_safetensors.
+    """
     from safetensors import SafetensorError, safe_open
 
-    tensors = numbers = 0
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in _weight_files(directory):
         if not file.is_file():
             raise config_error(directory, f"lacks {file.name}, which its {INDEX_FILE} names")
         try:
             with safe_open(file, framework="pt") as content:
                 names = list(content.keys())
-                tensors += len(names)
-                numbers += sum(math.prod(content.get_slice(name).get_shape()) for name in names)
+                shapes |= {name: tuple(content.get_slice(name).get_shape()) for name in names}
         except (SafetensorError, OSError) as error:
             raise config_error(directory, f"has a damaged or cut-off {file.name}", error) from error
-    return Stored(tensors, numbers)
+    return shapes
 
 
 def _weight_files(directory: Path) -> list[Path]:

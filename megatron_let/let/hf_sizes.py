@@ -7,16 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
 
-from megatron_let.let.hf_files import Stored, config_error, quiet_transformers
+from megatron_let.let.hf_files import Stored, config_error
+from megatron_let.let.hf_model import build_empty
 
-# A body is a part of what is stored. Twice that leaves room for parameters that a model makes and replaces; packed
+# A model is stored whole, or without its head. Twice that leaves room for parameters that a model makes and replaces; packed
 # weights hold up to 16 of 2 bits in one number.
 _ROOM, _ROOM_WHEN_PACKED = 2, 32
 _MODULES_PER_TENSOR = 20
@@ -28,21 +28,19 @@ class _TooLarge(Exception):
 
 
 def check_sizes(directory: Path, config: Any, stored: Stored, *, trust_remote_code: bool) -> None:
-    """Build the body that `config` describes without memory behind it, and stop once it outgrows what is stored.
+    """Build the model that `config` describes without memory behind it, and stop once it outgrows what is stored.
 
     Raises:
         ConfigError: it does, or it cannot be built at all.
     """
-    from transformers import AutoModel
-
     room = _ROOM if getattr(config, "quantization_config", None) is None else _ROOM_WHEN_PACKED
     numbers, modules = room * stored.numbers + _FREE, _MODULES_PER_TENSOR * stored.tensors + _FREE
     too_large = f"has a config.json of a larger model than its weights, which hold {stored.numbers:,} numbers"
     if config.num_hidden_layers > stored.tensors:
         raise config_error(directory, f"{too_large} in {stored.tensors:,} tensors")
     try:
-        with quiet_transformers(), torch.device("meta"), _bounded(numbers, modules):
-            AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+        with _bounded(numbers, modules):
+            build_empty(config, trust_remote_code=trust_remote_code)
     except _TooLarge as error:
         raise config_error(directory, too_large) from error
     except Exception as error:  # what a model raises over sizes that make none depends on its kind

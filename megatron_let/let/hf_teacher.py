@@ -14,32 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_let.errors import ConfigError
-from megatron_let.let.hf_files import (
-    check_safetensors,
-    config_error,
-    quiet_transformers,
-    read_config,
-)
+from megatron_let.let.hf_blocks import BlockRunner, body_of, drop_blocks, find_blocks
+from megatron_let.let.hf_files import check_safetensors, config_error, read_config
+from megatron_let.let.hf_model import LOAD_ERRORS, build_empty, load_model
 from megatron_let.let.hf_sizes import check_sizes
 from megatron_let.let.teacher import Teacher, check_layer
 
-LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    ImportError,
-    AssertionError,
-    ArithmeticError,
-    IndexError,
-)
-"""What `transformers` raises for a directory it cannot make a model of."""
-
 RUN_ERRORS = (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, AssertionError)
 """What a model raises that needs more than token ids; a device out of memory is not among them."""
+
+# What configurations call the longest row that a model reads, the usual name first; transformers gives many of the
+# others that name too.
+_CONTEXT_NAMES = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_seq_length",
+    "max_sequence_length",
+    "seq_length",
+    "n_ctx",
+)
 
 
 def check_hf_teacher(path: str | Path, *, layer: int | None, trust_remote_code: bool = False) -> Any:
@@ -70,8 +64,8 @@ def load_hf_teacher(
     Args:
         path: Hugging Face directory with config.json and safetensors weights; nothing is fetched.
         layer: N, 1-based. None or the number of layers gives the last hidden state (after the final norm, and after
-            the output projection where a model has one). A smaller N gives the raw output of block N, and the blocks
-            above it are neither built nor run.
+            the output projection where a model has one). A smaller N gives the raw output of block N, computed as in
+            the whole model, and the blocks above it are neither loaded nor run.
         dtype: of weights, computation and states.
         device: where it runs.
         trust_remote_code: run Python code that the directory brings along.
@@ -84,7 +78,8 @@ def load_hf_teacher(
     config = check_hf_teacher(directory, layer=layer, trust_remote_code=trust_remote_code)
     num_layers = config.num_hidden_layers
     middle_layer = layer if layer is not None and layer < num_layers else None
-    body = _load_body(directory, config, middle_layer, dtype=dtype, trust_remote_code=trust_remote_code)
+    model, _ = load_model(directory, config, middle_layer, dtype=dtype, trust_remote_code=trust_remote_code)
+    body = body_of(model)
     description = _describe(directory, body, layer or num_layers, num_layers)
     body.to(device)  # the device alone: rotary frequencies stay in fp32 whatever the weights' dtype
     try:
@@ -104,20 +99,18 @@ def empty_hf_teacher(
     Raises:
         ConfigError: no causal language model's config.json, or no such layer.
     """
-    from transformers import AutoModel
-
     directory = Path(path)
     config = read_config(directory, trust_remote_code=trust_remote_code)
     num_layers = config.num_hidden_layers
     check_layer(directory, layer, num_layers)
     middle_layer = layer if layer is not None and layer < num_layers else None
-    if middle_layer is not None:
-        _keep_layers(config, middle_layer)
     try:
-        with quiet_transformers(), torch.device("meta"):
-            body = AutoModel.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-            description = _describe(directory, body, layer or num_layers, num_layers)
-            return HFTeacher(body, middle_layer, description=description)
+        model = build_empty(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        if middle_layer is not None:
+            drop_blocks(model, num_layers, middle_layer)
+        body = body_of(model)
+        description = _describe(directory, body, layer or num_layers, num_layers)
+        return HFTeacher(body, middle_layer, description=description)
     except (*LOAD_ERRORS, *RUN_ERRORS) as error:
         raise config_error(directory, "cannot be built", error) from error
 
@@ -126,20 +119,25 @@ class HFTeacher(Teacher):
     """A `transformers` body whose last hidden state, or the output of whose last built block, is the state."""
 
     def __init__(self, body: nn.Module, middle_layer: int | None, *, description: str) -> None:
-        """Freeze `body`; with `middle_layer` given, it is the number of blocks that were built."""
+        """Freeze `body`; with `middle_layer` given, it is the number of blocks that are left of it.
+
+        Raises:
+            ConfigError: the body has no such blocks, or does not run them one after the other.
+        """
         self._body = body.eval().requires_grad_(False)
-        self._last_block = None if middle_layer is None else _last_block(body, middle_layer)
+        self._blocks = None if middle_layer is None else BlockRunner(body, find_blocks(body, middle_layer)[1])
         self._description = description
         config: Any = body.config
-        self._context_length: int | None = getattr(config, "max_position_embeddings", None)
+        self._context_length = _context_length(config)
         embedding: Any = body.get_input_embeddings()  # type: ignore[operator]
         self._vocab_size = int(embedding.weight.shape[0])
         # some models look for this id in every batch, which on CUDA waits for the device; no row is padded on the left
         config.pad_token_id = None
         # asked of the model itself: some project the last state to another width than that of their blocks
-        self._hidden_size = int(
-            self.states(torch.zeros(1, 1, dtype=torch.long, device=self.device)).shape[-1]
-        )
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        self._hidden_size = int(self.states(token).shape[-1])
+        if self._blocks is not None:
+            self._blocks.check_order(token)
 
     @property
     def hidden_size(self) -> int:
@@ -166,17 +164,9 @@ class HFTeacher(Teacher):
         """Return the states [n, l, d_t] of `tokens` [n, l]; see `Teacher.states`."""
         # not inference_mode: the loss saves the states for its backward
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            if self._last_block is None:
-                return self._body(input_ids=tokens, use_cache=False).last_hidden_state
-            outputs: list[Tensor] = []
-            hook = self._last_block.register_forward_hook(
-                lambda block, inputs, out: outputs.append(_first(out))
-            )
-            try:
-                self._body(input_ids=tokens, use_cache=False)
-            finally:
-                hook.remove()
-            (states,) = outputs
+            if self._blocks is not None:
+                return self._blocks.states(tokens)
+            states: Tensor = self._body(input_ids=tokens, use_cache=False).last_hidden_state
             return states
 
     def to(self, device: torch.device | str) -> HFTeacher:
@@ -187,100 +177,10 @@ class HFTeacher(Teacher):
         return self._body.parameters()
 
 
-def _load_body(
-    directory: Path,
-    config: Any,
-    middle_layer: int | None,
-    *,
-    dtype: torch.dtype,
-    trust_remote_code: bool,
-) -> nn.Module:
-    """Build the body with blocks 1 to `middle_layer` (None: all) and fill it from the directory's weights."""
-    from transformers import AutoModel
-
-    if middle_layer is not None:
-        _keep_layers(config, middle_layer)
-    try:
-        with quiet_transformers():
-            body, report = AutoModel.from_pretrained(
-                directory,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
-    except LOAD_ERRORS as error:
-        raise config_error(directory, "cannot be loaded", error) from error
-    _check_report(directory, body, report, middle_layer)
-    return body
-
-
-def _keep_layers(config: Any, num_layers: int) -> None:
-    """Make `config` that of a model with the first `num_layers` blocks."""
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None:
-        config.layer_types = layer_types[:num_layers]
-    config.num_hidden_layers = num_layers
-
-
-def _check_report(directory: Path, body: Any, report: dict[str, Any], middle_layer: int | None) -> None:
-    """Refuse a checkpoint that leaves weights of the body unset or has weights that the body has no place for."""
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise config_error(
-            directory,
-            f"lacks {len(missing)} of the model's weights, among them {missing[0]}: not this model's file",
-        )
-    mismatched = sorted(str(entry) for entry in report["mismatched_keys"])
-    if mismatched:
-        raise config_error(
-            directory, f"holds weights of another shape than config.json says: {mismatched[0]}"
-        )
-    surplus = sorted(key for key in report["unexpected_keys"] if _is_in_body(key, body, middle_layer))
-    if surplus:
-        raise config_error(
-            directory,
-            f"holds {len(surplus)} weights that config.json gives no place, among them {surplus[0]}",
-        )
-
-
-def _is_in_body(key: str, body: Any, middle_layer: int | None) -> bool:
-    """Return whether an unused weight belongs to the body: not to the LM head, nor to a block left out on purpose."""
-    prefix = f"{body.base_model_prefix}."
-    name = key.removeprefix(prefix)
-    children = {child for child, _ in body.named_children()}
-    if not key.startswith(prefix) and name.split(".")[0] not in children:
-        return False
-    if middle_layer is None:
-        return True
-    block_list = _block_list_name(body, middle_layer)
-    index = name.removeprefix(f"{block_list}.").split(".")[0]
-    is_left_out = name.startswith(f"{block_list}.") and index.isdecimal() and int(index) >= middle_layer
-    return not is_left_out
-
-
-def _block_list_name(body: nn.Module, num_layers: int) -> str:
-    """Return the name of the list of transformer blocks: the outermost module list of that length."""
-    for name, module in body.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return name
-    raise ConfigError(
-        f"--let-teacher-layer {num_layers}: {type(body).__name__} keeps its blocks in no list that we know; "
-        "only its last layer can be used"
-    )
-
-
-def _last_block(body: nn.Module, num_layers: int) -> nn.Module:
-    blocks = body.get_submodule(_block_list_name(body, num_layers))
-    assert isinstance(blocks, nn.ModuleList), "found by its type"
-    return blocks[-1]
-
-
-def _first(output: Any) -> Tensor:
-    """Return a block's hidden states: its output, or the first entry of it in some families."""
-    return output[0] if isinstance(output, tuple) else output
+def _context_length(config: Any) -> int | None:
+    """Return the longest row that a model says it reads, None where it names none."""
+    limits = (getattr(config, name, None) for name in _CONTEXT_NAMES)
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
 def _trial_states(teacher: HFTeacher) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from megatron_let.log import LOGGER
 from megatron_let.testing.distributed import RankPool
 
 OFFLINE = {
@@ -55,3 +57,11 @@ def context_of() -> Callable[..., Any]:
         return ParallelContext(**{**values, **changes})
 
     return make
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """Return the log capture with the package's warnings in it, whatever a program configured before."""
+    monkeypatch.setattr(LOGGER, "propagate", True)
+    caplog.set_level(logging.WARNING)
+    return caplog

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
 
+from megatron_let.log import LOGGER
 from megatron_let.testing.distributed import RankPool
 from tests.surroundings import forget_failure, nothing_left_behind, set_surroundings
 
@@ -56,3 +58,11 @@ def context_of() -> Callable[..., Any]:
         return ParallelContext(**{**values, **changes})
 
     return make
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """Return the log capture with the package's warnings in it, whatever a program configured before."""
+    monkeypatch.setattr(LOGGER, "propagate", True)
+    caplog.set_level(logging.WARNING)
+    return caplog

@@ -66,6 +66,9 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = 128
     """Pad the vocabulary to a multiple of this number times the tensor-parallel size."""
 
+    mask_padded_logits: bool = True
+    """Let the ids that pad the vocabulary take part in the softmax, as in Megatron-LM. Default: they have no probability."""
+
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Which layers: Transformer Engine's, or the stock ones. auto: Transformer Engine's when installed."""
 

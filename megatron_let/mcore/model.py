@@ -102,7 +102,8 @@ def build_student(
 ) -> Student:
     """Build this rank's model chunks, move them to the device and wrap them.
 
-    `vocab_size` ids are real; logits from there up to `padded_vocab_size` never take part in the softmax.
+    `vocab_size` ids are real; logits from there up to `padded_vocab_size` take part in the softmax only with
+    `--no-mask-padded-logits`.
     """
     core_config = build_transformer_config(config, is_on_gpu=context.is_on_gpu)
     stages: list[int | None] = [None] if context.vp_size is None else list(range(context.vp_size))
@@ -119,7 +120,8 @@ def build_student(
             has_te_layers=uses_transformer_engine(config, is_on_gpu=context.is_on_gpu),
             has_document_masks=config.data.reset_attention_mask,
         )
-        mask_padded_logits(model, vocab_size, tp_rank=context.tp_rank)
+        if config.model.mask_padded_logits:
+            mask_padded_logits(model, vocab_size, tp_rank=context.tp_rank)
         for parameter in model.parameters():
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         model.to(context.device)

@@ -50,8 +50,8 @@ def build_transformer_config(config: RunConfig, *, is_on_gpu: bool) -> Transform
         params_dtype=dtype,
         # Stages send each other the residual stream.
         pipeline_dtype=torch.float32 if config.transformer.fp32_residual_connection else dtype,
-        # On CPU an overlapped send still reads the output when the schedule would free it.
-        deallocate_pipeline_outputs=is_on_gpu or not has_virtual_stages,
+        # Virtual stages overlap their sends, and megatron-core 0.16 frees an output while its send may still read it.
+        deallocate_pipeline_outputs=not has_virtual_stages,
         # Batched p2p mixes up the messages of virtual stages between the same two ranks.
         overlap_p2p_comm=has_virtual_stages,
         batch_p2p_comm=not has_virtual_stages,

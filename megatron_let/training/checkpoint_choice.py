@@ -165,6 +165,7 @@ def check_same_model(
         raise ConfigError(
             f"checkpoint {directory} holds another model: {', '.join(differences)}; give its settings or another --load"
         )
+    _say_other_padding(now, then, directory)
     mine, theirs = tokenizer.fingerprint, run["tokenizer_fingerprint"]
     if None in (mine, theirs) or mine == theirs:
         return
@@ -172,3 +173,13 @@ def check_same_model(
     if not config.checkpoint.finetune:
         raise ConfigError(f"{message}; give its tokenizer, or --finetune to start anew from its weights")
     LOGGER.warning(message)
+
+
+def _say_other_padding(now: dict[str, Any], then: dict[str, Any], directory: Path) -> None:
+    """Warn when the ids that pad the vocabulary enter or leave the softmax: the loss steps at this place."""
+    mine, theirs = now["model"]["mask_padded_logits"], then["model"].get("mask_padded_logits", True)
+    if mine != theirs:
+        LOGGER.warning(
+            f"checkpoint {directory} was trained {'with' if mine else 'without'} --no-mask-padded-logits and this run goes "
+            f"on {'without' if mine else 'with'} it: its losses do not compare with those before"
+        )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import pytest
 
 from megatron_let.config.run_config import RunConfig
-from megatron_let.log import LOGGER
 from megatron_let.training.arguments import parse_arguments
 
 GOOD_RUN = (
@@ -31,11 +29,3 @@ def parse() -> Parse:
         return parse_arguments([*base.split(), *words.split()])
 
     return parse_words
-
-
-@pytest.fixture
-def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """Return the log capture with the package's warnings in it, whatever a program configured before."""
-    monkeypatch.setattr(LOGGER, "propagate", True)
-    caplog.set_level(logging.WARNING)
-    return caplog

@@ -43,3 +43,18 @@ def test_weight_gradients_are_fused_where_the_kernel_is(
     config = resolve(parse_arguments(arguments(TINY_STUDENT, {"--mock-data": None})), 1)
     fusions = module.available_fusions(config, is_on_gpu=is_on_gpu)
     assert fusions["gradient_accumulation_fusion"] is expected
+
+
+@pytest.mark.parametrize("is_on_gpu", [True, False], ids=["gpu", "cpu"])
+@pytest.mark.parametrize("chunks", [None, 2])
+def test_outputs_of_virtual_stages_outlive_their_overlapped_sends(
+    chunks: int | None, is_on_gpu: bool
+) -> None:
+    """megatron-core 0.16 frees an output without waiting for its send, which may still read it on any device."""
+    changes: dict[str, Any] = {"--mock-data": None, "--pipeline-model-parallel-size": 2, "--num-layers": 4}
+    if chunks is not None:
+        changes["--num-virtual-stages-per-pipeline-rank"] = chunks
+    config = resolve(parse_arguments(arguments(TINY_STUDENT, changes)), 2)
+    core = build_transformer_config(config, is_on_gpu=is_on_gpu)
+    assert core.overlap_p2p_comm is (chunks is not None)
+    assert core.deallocate_pipeline_outputs is not core.overlap_p2p_comm

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from megatron_let.mcore import model
+from megatron_let.mcore.transformer_config import build_transformer_config
 from megatron_let.planning.plan import PlanSettings, RunPlan
 from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.training import TINY_STUDENT, arguments
@@ -124,3 +126,22 @@ def test_a_plan_is_within_a_tenth_of_the_measured_peak(
     for rank, measured in enumerate(measured_pool.run(world_size, held_by_process, large, timeout=LIMIT)):
         stage = next(stage for stage in plan.stages if stage.ranks[0] <= rank <= stage.ranks[1])
         assert stage.memory.before_stop == pytest.approx(measured, rel=0.1), layout
+
+
+def test_a_plan_for_gpus_counts_the_outputs_that_virtual_stages_keep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recompute = {**FULL, "--bf16": None, "--num-virtual-stages-per-pipeline-rank": 2}
+    argv = arguments(TINY_STUDENT, {**SIZES, **PIPELINE, **recompute, "--mock-data": None})
+    kept = plan_of(argv, 2)
+
+    def freeing(*args: Any, **values: Any) -> Any:
+        config = build_transformer_config(*args, **values)
+        config.deallocate_pipeline_outputs = True
+        return config
+
+    monkeypatch.setattr(model, "build_transformer_config", freeing)
+    freed = plan_of(argv, 2)
+    output = 2 * 64 * 128 * 2  # bytes: micro_batch_size, seq_length, hidden_size, bf16
+    for stage, other in zip(kept.stages, freed.stages, strict=True):
+        assert stage.memory.activations > other.memory.activations + output

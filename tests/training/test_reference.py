@@ -119,6 +119,19 @@ def test_rows_that_pad_the_vocabulary_get_no_gradient(
         assert iteration.gradients[name][:VOCABULARY].any(dim=1).sum() > 40
 
 
+@pytest.mark.parametrize(("layout", "rows"), [("one-process", 72), ("tp2", 96)])
+def test_unmasked_padding_is_a_larger_vocabulary_as_in_megatron(
+    layout: str, rows: int, ours: Ours, teacher: Path
+) -> None:
+    iteration = ours.run(STUDENTS["llama"], layout, teacher, {"--no-mask-padded-logits": None})
+    twin = build_twin(STUDENTS["llama"], iteration.weights, vocab_size=rows)
+    expected = compute(problem_of(iteration), twin, hf_teacher(teacher))
+    assert_equals_reference(iteration, twin, expected)
+    masked = ours.run(STUDENTS["llama"], layout, teacher).row
+    assert masked is not None
+    assert expected.lm_loss > masked.lm_loss + 0.1
+
+
 def test_every_layout_starts_from_the_same_weights(ours: Ours, teacher: Path) -> None:
     expected = ours.run(STUDENTS["gpt2"], "one-process", teacher).weights
     for layout in LAYOUTS:

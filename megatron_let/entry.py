@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from megatron_let.directory_lock import LOCK_WAIT_SECONDS, DirectoryLock, lock_directory
+from megatron_let.directory_lock import LOCK_WAIT_SECONDS, DirectoryLock, lock_directory, lock_file_of
 from megatron_let.errors import EXIT_CRASH, EXIT_DONE, ConfigError, LetError
 from megatron_let.exit_status import (
     FailureRecord,
@@ -56,6 +56,7 @@ class RunReport:
     """The same, in seconds since the epoch."""
     _wanted: str | None = field(default=None, init=False, repr=False)
     _lock: DirectoryLock | None = field(default=None, init=False, repr=False)
+    _lock_file: tuple[int, int] | None = field(default=None, init=False, repr=False)
     _failed: BaseException | None = field(default=None, init=False, repr=False)
     _is_left: bool = field(default=False, init=False, repr=False)
 
@@ -88,7 +89,7 @@ class RunReport:
             return self._is_left
         self._failed = error
         failure = _failure_of(error)
-        directory = self.save_directory
+        directory = self.status_directory()
         # A crash is often the echo of a peer's failure: it never writes over what a peer of this run wrote.
         if directory is not None and (
             failure.traceback is None or not has_exit_status_since(directory, self.began)
@@ -130,12 +131,19 @@ class RunReport:
         """Note on every rank that rank 0 holds this directory: how the run ends may be written there."""
         self.save_directory = directory
         if directory is not None:
+            self._lock_file = _lock_file(directory)
             announce_save_directory(directory)
+
+    def status_directory(self) -> str | None:
+        """Return where `exit_status.json` belongs; None without a save directory, or when it is no more this run's."""
+        directory = self.save_directory
+        return directory if directory is not None and _lock_file(directory) == self._lock_file else None
 
     def _take(self, directory: str, *, wait: float) -> None:
         self.save_directory = None
         self._lock = lock_directory(directory, wait=wait)
         self.save_directory = directory
+        self._lock_file = _lock_file(directory)
         if self._lock is not None:
             announce_save_directory(directory)
             clear_exit_status(directory)
@@ -144,8 +152,9 @@ class RunReport:
         """End this program from any of its threads, whatever the others do: record, last words of rank 0, gone."""
         is_told = self._leave(_Failure(code, line, None))
         if _rank() == 0 and not is_told:
-            if self.save_directory is not None:
-                write_exit_status(self.save_directory, code, reason_of(code), line, self.iteration)
+            directory = self.status_directory()
+            if directory is not None:
+                write_exit_status(directory, code, reason_of(code), line, self.iteration)
             print(line, file=sys.stderr, flush=True)
         os._exit(code)
 
@@ -168,11 +177,12 @@ def run_main(main: Callable[[RunReport], int]) -> int:
         if not report.record(error):
             _speak(failure.traceback or failure.line, failure.code)
         return failure.code
-    if _rank() == 0 and report.save_directory is not None:
+    directory = report.status_directory()
+    if _rank() == 0 and directory is not None:
         reason = report.reason or reason_of(code)
-        write_exit_status(report.save_directory, code, reason, report.message, report.iteration)
-    if code != EXIT_DONE and report.save_directory is not None:
-        _await_exit_status(report.save_directory, report.began)
+        write_exit_status(directory, code, reason, report.message, report.iteration)
+    if code != EXIT_DONE and directory is not None:
+        _await_exit_status(directory, report.began)
     return code
 
 
@@ -242,6 +252,13 @@ def _flush() -> None:
 def _one_line(error: BaseException) -> str:
     """Return an error's message without line breaks."""
     return " ".join(str(error).split())
+
+
+def _lock_file(directory: str) -> tuple[int, int] | None:
+    """Return which file is a directory's lock, None also where that cannot be seen now."""
+    with suppress(OSError):
+        return lock_file_of(directory)
+    return None
 
 
 def _rank() -> int:

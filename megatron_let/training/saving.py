@@ -110,7 +110,7 @@ class CheckpointSaver:
             time.sleep(_ASK_SECONDS[0])
         content = self._planner.plan(directory, self._parts, iteration=iteration, run=run)
         needed = sum(self._context.gather(content.num_bytes)) + _MARGIN_BYTES
-        self._context.on_rank_0(lambda: self._require_space(needed))
+        self._context.on_rank_0(lambda: self._require_space(directory, needed))
         content.copy()
         self._pending = self._write(content, iteration, started)
         next(self._pending)
@@ -209,12 +209,13 @@ class CheckpointSaver:
             return self._watch.change() is None
         return False
 
-    def _require_space(self, needed: int) -> None:
+    def _require_space(self, directory: Path, needed: int) -> None:
         try:
             free = shutil.disk_usage(self._root).free
         except OSError as problem:
             raise _unwritten(self._root, problem.strerror or str(problem)) from problem
         if free < needed:
+            shutil.rmtree(directory, ignore_errors=True)
             raise LetError(
                 f"cannot write a checkpoint to {self._root}: it takes {needed / 1e9:,.2f} GB and {free / 1e9:,.2f} GB are "
                 "free; free space and resume, the previous checkpoint is untouched (--save-keep-last deletes old ones)"

@@ -24,6 +24,7 @@ from typing import NoReturn
 from megatron_let.directory_lock import LOCK_WAIT_SECONDS, DirectoryLock, lock_directory, lock_file_of
 from megatron_let.errors import EXIT_CRASH, EXIT_DONE, ConfigError, LetError
 from megatron_let.exit_status import (
+    EXIT_STATUS_FILE,
     FailureRecord,
     announce_save_directory,
     clear_exit_status,
@@ -155,7 +156,7 @@ class RunReport:
             directory = self.status_directory()
             if directory is not None:
                 write_exit_status(directory, code, reason_of(code), line, self.iteration)
-            print(line, file=sys.stderr, flush=True)
+            _print(line)
         os._exit(code)
 
 
@@ -180,7 +181,8 @@ def run_main(main: Callable[[RunReport], int]) -> int:
     directory = report.status_directory()
     if _rank() == 0 and directory is not None:
         reason = report.reason or reason_of(code)
-        write_exit_status(directory, code, reason, report.message, report.iteration)
+        if not write_exit_status(directory, code, reason, report.message, report.iteration):
+            _print(f"warning: {EXIT_STATUS_FILE} cannot be written to {directory}")
     if code != EXIT_DONE and directory is not None:
         _await_exit_status(directory, report.began)
     return code
@@ -199,7 +201,7 @@ def end_program(code: int) -> NoReturn:
     After a failure the usual end of an interpreter may wait for threads and peers that will never answer, while
     the other ranks wait for this one: its children are killed, its output is written out, and it is gone.
     """
-    if code == EXIT_DONE:
+    if code == EXIT_DONE and _flush():
         sys.exit(code)
     for child in multiprocessing.active_children():
         child.kill()
@@ -237,16 +239,25 @@ def _speak(text: str, code: int) -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(code))
         time.sleep(_TURN_SECONDS + _TURN_STEP_SECONDS * int(os.environ.get("LOCAL_RANK", "0")))
     _flush()
-    print(text.rstrip("\n"), file=sys.stderr, flush=True)
+    _print(text.rstrip("\n"))
 
 
-def _flush() -> None:
-    """Write out both streams; a closed one is nobody's loss."""
+def _print(text: str) -> None:
+    """Print on standard error; where that cannot be written, the exit code must do."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _flush() -> bool:
+    """Write out both streams; a closed one is nobody's loss. Return whether that worked: Python's own end fails else."""
+    works = True
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
+            if stream is not None:
+                stream.flush()
         except (OSError, ValueError):
-            continue
+            works = False
+    return works
 
 
 def _one_line(error: BaseException) -> str:

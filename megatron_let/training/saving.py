@@ -222,6 +222,15 @@ class CheckpointSaver:
             )
 
 
+def build_saver(
+    config: RunConfig, context: ParallelContext, parts: Parts, record: RunRecord, *, started_from: int
+) -> CheckpointSaver | None:
+    """Return the saver of a run that began at iteration `started_from`, None without `--save`; every rank calls this."""
+    if config.checkpoint.save is None:
+        return None
+    return CheckpointSaver(config, context, parts, record, started_from=started_from)
+
+
 class _Task(Generic[Result]):
     """An action in a thread of its own."""
 

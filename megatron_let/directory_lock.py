@@ -10,7 +10,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import pwd
 import socket
+import stat
 import time
 from datetime import datetime
 from pathlib import Path
@@ -80,16 +82,40 @@ def lock_directory(directory: str | os.PathLike[str], *, wait: float = 0.0) -> D
         time.sleep(_POLL_SECONDS)
 
 
+def lock_file_of(directory: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """Return which file is the lock of a directory (device and number), None when it has none.
+
+    It stays the same as long as its run holds it: a directory that was put in its place, or another run that has taken
+    it after the file was deleted, has another. Raises OSError.
+    """
+    try:
+        found = os.stat(Path(directory, LOCK_FILE))  # opened and closed, it would be let go
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def owner_of(path: Path) -> str:
+    """Return whose a file or directory is and its mode, in words for a message. Raises OSError."""
+    found = path.stat()
+    try:
+        name = pwd.getpwuid(found.st_uid).pw_name
+    except KeyError:
+        name = f"user {found.st_uid}"
+    return f"it belongs to {name}, mode {stat.S_IMODE(found.st_mode):o}"
+
+
 def _open(path: Path) -> int | None:
     """Open (or make) the lock file; None when the directory is not there or takes no files."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # not passed on to programs that are started
     except OSError as problem:
-        if path.exists() and problem.errno != errno.EROFS:
-            raise ConfigError(
-                f"{path} cannot be opened ({problem.strerror}); remove it when no run uses that directory"
-            ) from problem
-        return None
+        if problem.errno == errno.EROFS or not os.access(path.parent, os.W_OK) or not path.exists():
+            return None
+        whose = f": {owner_of(path)}" if problem.errno == errno.EACCES else ""
+        raise ConfigError(
+            f"{path} cannot be opened ({problem.strerror}{whose}); remove it when no run uses that directory"
+        ) from problem
 
 
 def _try_lock(descriptor: int, directory: str | os.PathLike[str]) -> bool:

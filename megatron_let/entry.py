@@ -21,9 +21,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from megatron_let.directory_lock import LOCK_WAIT_SECONDS, DirectoryLock, lock_directory
+from megatron_let.directory_lock import LOCK_WAIT_SECONDS, DirectoryLock, lock_directory, lock_file_of
 from megatron_let.errors import EXIT_CRASH, EXIT_DONE, ConfigError, LetError
 from megatron_let.exit_status import (
+    EXIT_STATUS_FILE,
     FailureRecord,
     announce_save_directory,
     clear_exit_status,
@@ -57,6 +58,7 @@ class RunReport:
     """The same, in seconds since the epoch."""
     _wanted: str | None = field(default=None, init=False, repr=False)
     _lock: DirectoryLock | None = field(default=None, init=False, repr=False)
+    _lock_file: tuple[int, int] | None = field(default=None, init=False, repr=False)
     _failed: BaseException | None = field(default=None, init=False, repr=False)
     _is_left: bool = field(default=False, init=False, repr=False)
 
@@ -89,7 +91,7 @@ class RunReport:
             return self._is_left
         self._failed = error
         failure = _failure_of(error)
-        directory = self.save_directory
+        directory = self.status_directory()
         # A crash is often the echo of a peer's failure: it never writes over what a peer of this run wrote.
         if directory is not None and (
             failure.traceback is None or not has_exit_status_since(directory, self.began)
@@ -131,12 +133,19 @@ class RunReport:
         """Note on every rank that rank 0 holds this directory: how the run ends may be written there."""
         self.save_directory = directory
         if directory is not None:
+            self._lock_file = _lock_file(directory)
             announce_save_directory(directory)
+
+    def status_directory(self) -> str | None:
+        """Return where `exit_status.json` belongs; None without a save directory, or when it is no more this run's."""
+        directory = self.save_directory
+        return directory if directory is not None and _lock_file(directory) == self._lock_file else None
 
     def _take(self, directory: str, *, wait: float) -> None:
         self.save_directory = None
         self._lock = lock_directory(directory, wait=wait)
         self.save_directory = directory
+        self._lock_file = _lock_file(directory)
         if self._lock is not None:
             announce_save_directory(directory)
             clear_exit_status(directory)
@@ -145,9 +154,10 @@ class RunReport:
         """End this program from any of its threads, whatever the others do: record, last words of rank 0, gone."""
         is_told = self._leave(_Failure(code, line, None))
         if _rank() == 0 and not is_told:
-            if self.save_directory is not None:
-                write_exit_status(self.save_directory, code, reason_of(code), line, self.iteration)
-            print(line, file=sys.stderr, flush=True)
+            directory = self.status_directory()
+            if directory is not None:
+                write_exit_status(directory, code, reason_of(code), line, self.iteration)
+            _print(line)
         os._exit(code)
 
 
@@ -170,11 +180,13 @@ def run_main(main: Callable[[RunReport], int]) -> int:
         if not report.record(error):
             _speak(failure.traceback or failure.line, failure.code)
         return failure.code
-    if _rank() == 0 and report.save_directory is not None:
+    directory = report.status_directory()
+    if _rank() == 0 and directory is not None:
         reason = report.reason or reason_of(code)
-        write_exit_status(report.save_directory, code, reason, report.message, report.iteration)
-    if code != EXIT_DONE and report.save_directory is not None:
-        _await_exit_status(report.save_directory, report.began)
+        if not write_exit_status(directory, code, reason, report.message, report.iteration):
+            _print(f"warning: {EXIT_STATUS_FILE} cannot be written to {directory}")
+    if code != EXIT_DONE and directory is not None:
+        _await_exit_status(directory, report.began)
     return code
 
 
@@ -191,7 +203,7 @@ def end_program(code: int) -> NoReturn:
     After a failure the usual end of an interpreter may wait for threads and peers that will never answer, while
     the other ranks wait for this one: its children are killed, its output is written out, and it is gone.
     """
-    if code == EXIT_DONE:
+    if code == EXIT_DONE and _flush():
         sys.exit(code)
     for child in multiprocessing.active_children():
         child.kill()
@@ -229,21 +241,37 @@ def _speak(text: str, code: int) -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(code))
         time.sleep(_TURN_SECONDS + _TURN_STEP_SECONDS * int(os.environ.get("LOCAL_RANK", "0")))
     _flush()
-    print(text.rstrip("\n"), file=sys.stderr, flush=True)
+    _print(text.rstrip("\n"))
 
 
-def _flush() -> None:
-    """Write out both streams; a closed one is nobody's loss."""
+def _print(text: str) -> None:
+    """Print on standard error; where that cannot be written, the exit code must do."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _flush() -> bool:
+    """Write out both streams; a closed one is nobody's loss. Return whether that worked: Python's own end fails else."""
+    works = True
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
+            if stream is not None:
+                stream.flush()
         except (OSError, ValueError):
-            continue
+            works = False
+    return works
 
 
 def _one_line(error: BaseException) -> str:
     """Return an error's message without line breaks."""
     return " ".join(str(error).split())
+
+
+def _lock_file(directory: str) -> tuple[int, int] | None:
+    """Return which file is a directory's lock, None also where that cannot be seen now."""
+    with suppress(OSError):
+        return lock_file_of(directory)
+    return None
 
 
 def _rank() -> int:

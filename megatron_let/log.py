@@ -15,6 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from types import MappingProxyType
 from typing import TextIO
@@ -63,12 +64,25 @@ class _StreamOfTheMoment(logging.StreamHandler):
     def __init__(self, stream: TextIO | None) -> None:
         super().__init__(stream)
         self._is_given = stream is not None
+        self._is_failing = False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message."""
         if not self._is_given:
             self.stream = sys.stdout
         super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say once on standard error that lines cannot be written, such as on a full disk; the program goes on."""
+        problem = sys.exc_info()[1]
+        if not isinstance(problem, OSError):
+            super().handleError(record)
+        elif not self._is_failing:
+            self._is_failing = True
+            with suppress(OSError):
+                print(
+                    f"warning: log lines cannot be written ({problem.strerror or problem})", file=sys.stderr
+                )
 
 
 class _LineFormatter(logging.Formatter):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from megatron_let import directory_lock, entry
-from megatron_let.directory_lock import LOCK_FILE, DirectoryInUseError, lock_directory
+from megatron_let.directory_lock import LOCK_FILE, DirectoryInUseError, lock_directory, lock_file_of
 from megatron_let.entry import RunReport
 from megatron_let.errors import ConfigError
 from megatron_let.exit_status import write_exit_status
@@ -140,6 +140,49 @@ def test_a_lock_file_that_may_not_be_opened_is_one_line(
         ConfigError, match=r"run.lock cannot be opened \(Is a directory\); remove it when no run"
     ):
         lock_directory(tmp_path)
+
+
+def test_the_directory_of_somebody_else_is_left_to_the_check_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / LOCK_FILE).write_text("")
+
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(
+        ConfigError, match=r"cannot be opened \(Permission denied: it belongs to .*, mode 644\)"
+    ):
+        lock_directory(tmp_path)  # a directory for all, in which the file is another's
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert lock_directory(tmp_path) is None
+
+
+def test_a_directory_put_in_the_place_of_another_has_another_lock_file(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    root.mkdir()
+    assert lock_file_of(root) is None
+    lock = lock_directory(root)
+    held = lock_file_of(root)
+    assert held == lock_file_of(root) is not None
+    (root / LOCK_FILE).unlink()
+    assert lock_file_of(root) is None
+    assert lock_directory(root) is not None
+    assert lock_file_of(root) not in (None, held)  # while it is held, its number is given to no other file
+    assert lock is not None
+    lock.release()
+
+
+def test_a_run_whose_directory_was_taken_leaves_no_status_in_it(tmp_path: Path) -> None:
+    def program(report: RunReport) -> int:
+        report.saves_to(tmp_path)
+        (tmp_path / LOCK_FILE).unlink()
+        (tmp_path / LOCK_FILE).write_text("another run")
+        raise ConfigError("its directory is lost")
+
+    assert entry.run_main(program) == 2
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
 
 
 def test_where_the_lock_file_is_on_a_read_only_disk_there_is_nothing_to_lock(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,17 @@ def test_under_torchrun_rank_0_speaks_at_once_and_the_others_in_turn(
         run_main(program)
     assert waits == [1.25, 1.75]
     assert capsys.readouterr().err == "error: no\n" * 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_program_whose_output_cannot_be_written_keeps_its_code(code: int) -> None:
+    program = (
+        "from megatron_let.entry import end_program, run_main\n"
+        "from megatron_let.log import LOGGER, configure_logging\n"
+        "configure_logging()\n"
+        f"end_program(run_main(lambda report: LOGGER.info('a line') or {code}))\n"
+    )
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=full, check=False)
+    assert ended.returncode == code

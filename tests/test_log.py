@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 from collections.abc import Iterator
@@ -56,3 +57,14 @@ def test_timestamps_have_megatrons_form() -> None:
     configure_logging(stream=stream, timestamps=True)
     LOGGER.info("iteration 1/ 10 |")
     assert re.fullmatch(r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}\] iteration 1/ 10 \|\n", stream.getvalue())
+
+
+def test_a_full_disk_under_the_log_is_said_once_and_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    logger = configure_logging(stream=Full())
+    logger.info("one")
+    logger.info("two")
+    assert capsys.readouterr().err == "warning: log lines cannot be written (No space left on device)\n"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ class Written:
     """Where each of its tensors and objects lies."""
     files: dict[str, dict[str, object]]
     """Size and SHA-256 of each file, taken on the way to the disk and found again when it was read back."""
+    host: str
+    """The machine it was written on."""
 
 
 class _Planner(TorchDistSaveShardedStrategy):
@@ -142,13 +145,18 @@ class Content:
         for path, key, items in self._writer.write_buckets:
             with Path(path).open("wb") as file:
                 stream = _Hashing(file)
-                results += [
-                    self._write_item(stream, item, data, key) for part in items for item, data in part
-                ]
+                try:
+                    results += [
+                        self._write_item(stream, item, data, key) for part in items for item, data in part
+                    ]
+                except Exception:
+                    if stream.error is not None:
+                        raise stream.error from None
+                    raise
             files[key] = stream.entry()
             verify(Path(path), files[key])
         self._writer.write_buckets = []  # the copies may be as large as the model
-        return Written(results, files)
+        return Written(results, files, socket.gethostname())
 
     def finish(self, results: Sequence[list[WriteResult]]) -> None:
         """Write what belongs to the whole checkpoint, from the results of all ranks; rank 0. Raises OSError."""
@@ -169,10 +177,16 @@ class _Hashing:
         self._file = file
         self._digest = hashlib.sha256()
         self._size = 0
+        self.error: OSError | None = None
+        """Why a write failed: torch, which calls it, then tells of a file position that it did not expect."""
 
     def write(self, data: Any) -> int:
         self._digest.update(data)
-        count = self._file.write(data)
+        try:
+            count = self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         self._size += count
         return count
 

@@ -28,7 +28,7 @@ from megatron_let.training.let_record import record_of_run
 from megatron_let.training.report import build_reporter
 from megatron_let.training.resolved import resolved_choices
 from megatron_let.training.save_directory import check_save_directory
-from megatron_let.training.saving import CheckpointSaver, RunRecord
+from megatron_let.training.saving import RunRecord, build_saver
 from megatron_let.training.signals import StopRequest
 from megatron_let.training.split_checks import usable_counts
 from megatron_let.training.state import TrainingState
@@ -75,9 +75,7 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
     choices = resolved_choices(config, context, student, let_record)
     LOGGER.info(" | ".join(choices))
     record = RunRecord(let_record, with_order(data_record, data), choices, remembered)
-    saver = None
-    if config.checkpoint.save is not None:
-        saver = CheckpointSaver(config, context, parts, record, started_from=state.iteration)
+    saver = build_saver(config, context, parts, record, started_from=state.iteration)
     run = Run(
         config=config,
         context=context,

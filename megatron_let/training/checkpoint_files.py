@@ -13,6 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -24,6 +25,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 _PARTIAL = ".partial"
 _PARTIAL_NAME = re.compile(r"iter_\d{7,}(\.old)?\.partial")
+_POLL_SECONDS = 0.25
 FileEntry = dict[str, object]
 """`bytes` and `sha256` of a file."""
 _NOTHING: Mapping[str, FileEntry] = MappingProxyType({})
@@ -136,7 +138,8 @@ def prepare_partial(root: Path, iteration: int) -> Path:
 
 def describe_files(directory: Path, *, known: Mapping[str, FileEntry] = _NOTHING) -> dict[str, FileEntry]:
     """Return size and SHA-256 of each file of a checkpoint; those that are `known` are not read again."""
-    names = sorted(entry.name for entry in directory.iterdir() if entry.is_file() and entry.name != MANIFEST)
+    found = {entry.name for entry in directory.iterdir() if entry.is_file() and entry.name != MANIFEST}
+    names = sorted(found | known.keys())
     return {name: known[name] if name in known else _describe(directory / name) for name in names}
 
 
@@ -144,6 +147,18 @@ def _describe(path: Path) -> FileEntry:
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def wait_for_file(path: Path, entry: FileEntry, *, seconds: float) -> bool:
+    """Return whether a file that another machine may have written is there at its full size; it may take a while."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with suppress(OSError):
+            if path.stat().st_size == entry["bytes"]:
+                return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
 
 
 def finish(root: Path, iteration: int, files: Mapping[str, FileEntry]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -14,6 +15,8 @@ from megatron_let.errors import ConfigError
 from megatron_let.training.checkpoint_files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
+_ROOM_BYTES = 64 << 10
+"""More than the events of a row take."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,17 @@ class Sink(Protocol):
     """Somewhere rows go."""
 
     def write(self, row: Row) -> None:
-        """Take one row."""
+        """Take one row and write it."""
 
     def close(self) -> None:
         """Flush and let go."""
+
+
+class RetryingSink(Sink, Protocol):
+    """One whose OSError says that a row was taken and is not written yet."""
+
+    def flush(self) -> None:
+        """Try again to write what was taken. Raises OSError."""
 
 
 class JsonLines:
@@ -79,12 +89,19 @@ class JsonLines:
         path = directory / METRICS_FILE
         if path.exists():
             drop_rows_past(path, resumed_iteration, keep_validation=not validates_at_once)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._text = bytearray()
 
     def write(self, row: Row) -> None:
-        """Append the row and flush, so that a killed run loses at most the line being written."""
-        self._file.write(json.dumps({key: _json_number(value) for key, value in asdict(row).items()}) + "\n")
-        self._file.flush()
+        """Append the row at once, so that a killed run loses at most the line being written."""
+        line = json.dumps({key: _json_number(value) for key, value in asdict(row).items()}) + "\n"
+        self._text += line.encode()
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is left; a full disk may take a part of a line."""
+        while self._text:
+            del self._text[: self._file.write(self._text)]
 
     def close(self) -> None:
         """Close the file."""
@@ -123,19 +140,39 @@ class TensorBoard:
     def __init__(self, directory: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._directory = Path(directory)
+        self._rows: list[Row] = []
         try:
             self._writer = SummaryWriter(directory)
         except OSError as problem:
             raise ConfigError(f"--tensorboard-dir {directory}: {problem.strerror or problem}") from problem
 
     def write(self, row: Row) -> None:
-        """Write every number of the row at its iteration."""
-        for name, value in _scalars(row).items():
-            self._writer.add_scalar(name, value, row.iteration)
+        """Write every number of the row at its iteration, at once."""
+        self._rows.append(row)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is left, where there is room: on a full disk the writer's thread would die, with a traceback."""
+        while self._rows:
+            _require_room(self._directory)
+            for name, value in _scalars(self._rows[0]).items():
+                self._writer.add_scalar(name, value, self._rows[0].iteration)
+            self._writer.flush()
+            self._rows.pop(0)
 
     def close(self) -> None:
         """Flush and close the event file."""
         self._writer.close()
+
+
+def _require_room(directory: Path) -> None:
+    """Raise OSError unless `directory` takes as many bytes as a row may need."""
+    probe = directory / f".room.{os.getpid()}"
+    try:
+        probe.write_bytes(bytes(_ROOM_BYTES))
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 class WeightsAndBiases:
@@ -161,6 +198,9 @@ class WeightsAndBiases:
     def write(self, row: Row) -> None:
         """Log every number of the row at its iteration."""
         self._run.log(_scalars(row), step=row.iteration)
+
+    def flush(self) -> None:
+        """Do nothing: W&B writes in a program of its own."""
 
     def close(self) -> None:
         """Finish the run."""

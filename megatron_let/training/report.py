@@ -16,6 +16,7 @@ from megatron_let.planning.flops import peak_flops, training_flops_per_token
 from megatron_let.training.alignment import AlignmentReport
 from megatron_let.training.bad_numbers import StepOutcome
 from megatron_let.training.metrics import (
+    METRICS_FILE,
     JsonLines,
     Sink,
     TensorBoard,
@@ -25,6 +26,7 @@ from megatron_let.training.metrics import (
     format_training_row,
     format_validation_row,
 )
+from megatron_let.training.patient_sink import PatientSink
 from megatron_let.training.state import TrainingState
 
 
@@ -178,13 +180,14 @@ def _sinks(config: RunConfig, resumed_iteration: int, total_iterations: int) -> 
     """Open what the rows go to; the file of an earlier part of the run is touched last, when nothing else can fail."""
     sinks: list[Sink] = []
     if config.logging.tensorboard_dir is not None:
-        sinks.append(TensorBoard(config.logging.tensorboard_dir))
+        sinks.append(PatientSink("TensorBoard's event file", TensorBoard(config.logging.tensorboard_dir)))
     if config.logging.wandb_project is not None:
-        sinks.append(WeightsAndBiases(config.logging, config.to_dict()))
+        sinks.append(PatientSink("W&B's run", WeightsAndBiases(config.logging, config.to_dict())))
     if config.checkpoint.save is not None:
         is_trained = config.validation.skip_train or resumed_iteration >= total_iterations
         directory = Path(config.checkpoint.save)
-        sinks.append(JsonLines(directory, resumed_iteration=resumed_iteration, validates_at_once=is_trained))
+        rows = JsonLines(directory, resumed_iteration=resumed_iteration, validates_at_once=is_trained)
+        sinks.append(PatientSink(f"{directory / METRICS_FILE}", rows))
     return sinks
 
 

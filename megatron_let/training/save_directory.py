@@ -2,30 +2,71 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
+import socket
+import time
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_let.config.run_config import RunConfig
+from megatron_let.directory_lock import LOCK_FILE, lock_file_of, owner_of
 from megatron_let.errors import ConfigError
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.training.checkpoint_files import saved_iterations
 
+_PATIENCE_SECONDS = 15.0
+"""How long a file that another machine has written may take to be seen on a network file system."""
+_POLL_SECONDS = 0.25
+
 
 def check_save_directory(config: RunConfig, context: ParallelContext) -> None:
-    """Make the `--save` directory and write a file into it; every rank calls this.
+    """Make the `--save` directory and see that every rank writes into the same one; every rank calls this.
 
     A directory that holds another run is refused: its checkpoints would be mixed with this run's, and a resume takes
     what the tracker names.
 
     Raises:
-        ConfigError: it cannot be made or written to, is the teacher's, or holds the checkpoints of another run.
+        ConfigError: it cannot be made or written to, is not one directory for all, is the teacher's, or holds the
+            checkpoints of another run.
     """
     if config.checkpoint.save is None:
         return
     root = Path(config.checkpoint.save)
     context.on_rank_0(lambda: _check_content(config, root))
-    context.on_rank_0(lambda: _check_writing(root))
-    context.together(lambda: _check_access(root))
+    probe = context.on_rank_0(lambda: _write_probe(root))
+    try:
+        context.together(lambda: _check_probe(root, probe, context.rank))
+        context.together(lambda: _check_access(root))
+    finally:
+        if context.rank == 0:
+            with suppress(OSError):
+                (root / probe.name).unlink()
+
+
+class DirectoryWatch:
+    """Tells whether a `--save` directory is still the one that the run began with."""
+
+    def __init__(self, root: Path) -> None:
+        """Remember the directory's lock file; without one nothing can be told."""
+        self._root = root
+        self._lock_file = lock_file_of(root)
+
+    def change(self) -> ConfigError | None:
+        """Return what to say when the directory was removed, renamed or taken by another run. Raises OSError."""
+        if self._lock_file is None:
+            return None
+        now = lock_file_of(self._root)
+        if now == self._lock_file:
+            return None
+        gone = f"{LOCK_FILE} is gone from it" if self._root.is_dir() else "it is gone"
+        what = gone if now is None else "another run has taken it"
+        return ConfigError(
+            f"--save {self._root} is no longer the directory that this run began with ({what}): nothing more is saved there; "
+            "put it back, or give another, and start again"
+        )
 
 
 def _check_content(config: RunConfig, root: Path) -> None:
@@ -50,23 +91,55 @@ def _is_same(left: str | Path, right: str | Path) -> bool:
     return os.path.realpath(left) == os.path.realpath(right)
 
 
-def _check_writing(root: Path) -> None:
-    """Raise ConfigError unless a file can be written; it is removed again."""
+class _Probe(NamedTuple):
+    """A file that rank 0 writes and that every rank must see."""
+
+    name: str
+    text: str
+    place: str
+    """Where rank 0 has written it, in words."""
+
+
+def _write_probe(root: Path) -> _Probe:
+    """Write a file; raise ConfigError unless that works."""
+    host, token = socket.gethostname(), secrets.token_hex(8)
+    probe = _Probe(f".write_test.{token}", token, f"{root.absolute()} (rank 0 on {host})")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        probe = root / f".write_test.{os.getpid()}"
-        probe.write_bytes(b"1")
-        probe.unlink()
+        (root / probe.name).write_text(probe.text)
     except OSError as problem:
-        raise ConfigError(_unwritable(root, problem.strerror or str(problem))) from problem
+        raise ConfigError(_unwritable(root, problem)) from problem
+    return probe
+
+
+def _check_probe(root: Path, probe: _Probe, rank: int) -> None:
+    """Raise ConfigError unless this rank, perhaps on another machine, sees what rank 0 has written."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while not _is_there(root, probe):
+        if time.monotonic() >= deadline:
+            raise ConfigError(
+                f"--save {root} is not one directory for all ranks: what was written to {probe.place} is not in "
+                f"{root.absolute()} (rank {rank} on {socket.gethostname()}); give a directory that all nodes share"
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def _is_there(root: Path, probe: _Probe) -> bool:
+    try:
+        os.listdir(root)  # refreshes what a network file system remembers of it
+        return (root / probe.name).read_text() == probe.text
+    except OSError:
+        return False
 
 
 def _check_access(root: Path) -> None:
     """Raise ConfigError unless this rank, perhaps on another machine than rank 0, sees and may write the directory."""
-    root.mkdir(parents=True, exist_ok=True)  # also refreshes what a network file system remembers of it
     if not os.access(root, os.W_OK | os.X_OK):
-        raise ConfigError(_unwritable(root, "permission denied"))
+        raise ConfigError(_unwritable(root, PermissionError(errno.EACCES, os.strerror(errno.EACCES))))
 
 
-def _unwritable(root: Path, why: str) -> str:
+def _unwritable(root: Path, problem: OSError) -> str:
+    why = problem.strerror or str(problem)
+    if problem.errno == errno.EACCES and root.is_dir():
+        why = f"{why}: {owner_of(root)}"
     return f"--save {root} cannot be written to ({why}); give a directory that all ranks may write to"

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import platform
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -31,12 +33,15 @@ from megatron_let.training import checkpoint_files as files
 from megatron_let.training.checkpoints import TokenizerRecord
 from megatron_let.training.data_record import DataRecord
 from megatron_let.training.let_record import LetRecord
+from megatron_let.training.save_directory import DirectoryWatch
 from megatron_let.training.state import TrainingState
 
 SETTINGS_FILE = "settings.yaml"
 # Beside the tensors: settings, metadata, the ends of files. A guess on the safe side.
 _MARGIN_BYTES = 16 << 20
 _ASK_SECONDS = (0.005, 0.25)
+_PATIENCE_SECONDS = 60.0
+"""How long what another machine has written may take to be seen on a network file system."""
 _VERSIONS = ("torch", "megatron-core", "numpy", "transformers", "transformer-engine")
 Result = TypeVar("Result")
 
@@ -74,6 +79,7 @@ class CheckpointSaver:
         if config.checkpoint.no_save_optim:
             self._parts = replace(self._parts, optimizer=None, scheduler=None)
         self._root = Path(config.checkpoint.save)
+        self._watch = DirectoryWatch(self._root)
         self._planner = ContentPlanner(context)
         self._pending: Iterator[None] | None = None
 
@@ -84,8 +90,10 @@ class CheckpointSaver:
 
         Raises:
             LetError: there is no room for it, or the one before could not be written.
+            ConfigError: the directory is no longer the one that the run began with.
         """
         self.wait()
+        self._context.raise_together(self._failure(None))
         started = time.monotonic()
         iteration, directory = state.iteration, files.partial_directory(self._root, state.iteration)
         run = {
@@ -102,7 +110,7 @@ class CheckpointSaver:
             time.sleep(_ASK_SECONDS[0])
         content = self._planner.plan(directory, self._parts, iteration=iteration, run=run)
         needed = sum(self._context.gather(content.num_bytes)) + _MARGIN_BYTES
-        self._context.on_rank_0(lambda: _require_space(self._root, needed))
+        self._context.on_rank_0(lambda: self._require_space(directory, needed))
         content.copy()
         self._pending = self._write(content, iteration, started)
         next(self._pending)
@@ -154,6 +162,7 @@ class CheckpointSaver:
     def _finish(self, content: Content, written: list[Written], iteration: int) -> list[int]:
         """Make the checkpoint whole; return the iterations whose checkpoints were deleted."""
         directory = files.partial_directory(self._root, iteration)
+        _require_all_files(directory, written)
         content.finish([part.results for part in written])
         comments = "".join(f"# {choice}\n" for choice in ["what was left open:", *self._record.choices])
         (directory / SETTINGS_FILE).write_text(self._config.to_yaml() + comments, encoding="utf-8")
@@ -181,10 +190,45 @@ class CheckpointSaver:
         error = task.error
         if error is not None and not isinstance(error, OSError):
             raise error  # a defect: this rank's traceback tells it
-        if self._context.any_rank(error is not None) and self._context.rank == 0:
+        told = None if error is None else self._failure(error)
+        if self._context.any_rank(error is not None) and self._context.rank == 0 and self._is_ours():
             # Its room may be what is missing. Partial checkpoints are never read, so that it may also stay.
             shutil.rmtree(files.partial_directory(self._root, iteration), ignore_errors=True)
-        self._context.raise_together(None if error is None else _failure(self._root, error))
+        self._context.raise_together(told)
+
+    def _failure(self, error: OSError | None) -> LetError | None:
+        """Return what to say of an error, if there is one; that the directory is lost says more than what follows from it."""
+        try:
+            lost = self._watch.change()
+        except OSError as problem:
+            lost, error = None, error or problem
+        return lost or (None if error is None else _unwritten(self._root, error.strerror or str(error)))
+
+    def _is_ours(self) -> bool:
+        with suppress(OSError):
+            return self._watch.change() is None
+        return False
+
+    def _require_space(self, directory: Path, needed: int) -> None:
+        try:
+            free = shutil.disk_usage(self._root).free
+        except OSError as problem:
+            raise _unwritten(self._root, problem.strerror or str(problem)) from problem
+        if free < needed:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise LetError(
+                f"cannot write a checkpoint to {self._root}: it takes {needed / 1e9:,.2f} GB and {free / 1e9:,.2f} GB are "
+                "free; free space and resume, the previous checkpoint is untouched (--save-keep-last deletes old ones)"
+            )
+
+
+def build_saver(
+    config: RunConfig, context: ParallelContext, parts: Parts, record: RunRecord, *, started_from: int
+) -> CheckpointSaver | None:
+    """Return the saver of a run that began at iteration `started_from`, None without `--save`; every rank calls this."""
+    if config.checkpoint.save is None:
+        return None
+    return CheckpointSaver(config, context, parts, record, started_from=started_from)
 
 
 class _Task(Generic[Result]):
@@ -213,21 +257,22 @@ class _Task(Generic[Result]):
             self.error = error
 
 
-def _failure(root: Path, error: OSError) -> LetError:
-    why = error.strerror or str(error)
+def _require_all_files(directory: Path, written: list[Written]) -> None:
+    """Raise OSError unless rank 0 has in its place what each rank has written: all must share that directory."""
+    for rank, part in enumerate(written):
+        for name, entry in part.files.items():
+            if not files.wait_for_file(directory / name, entry, seconds=_PATIENCE_SECONDS):
+                raise OSError(
+                    f"{name}, which rank {rank} on {part.host} has written, is not there for rank 0 on "
+                    f"{socket.gethostname()}: all nodes must share that directory"
+                )
+
+
+def _unwritten(root: Path, why: str) -> LetError:
     return LetError(
         f"cannot write a checkpoint to {root}: {why}; free space or fix the directory and resume, the previous checkpoint "
         "is untouched"
     )
-
-
-def _require_space(root: Path, needed: int) -> None:
-    free = shutil.disk_usage(root).free
-    if free < needed:
-        raise LetError(
-            f"cannot write a checkpoint to {root}: it takes {needed / 1e9:,.2f} GB and {free / 1e9:,.2f} GB are free; free "
-            "space and resume, the previous checkpoint is untouched (--save-keep-last deletes old ones)"
-        )
 
 
 def _versions() -> dict[str, str]:

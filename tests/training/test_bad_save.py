@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+import pwd
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -54,12 +58,15 @@ def test_the_same_directory_as_save_and_load_changes_nothing(pool: RankPool, tmp
 def test_a_directory_without_permission(
     number: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: Path, content: bytes) -> int:
+    def refuse(path: Path, content: str) -> int:
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr(Path, "write_bytes", refuse)
-    with pytest.raises(ConfigError, match=rf"cannot be written to \({reason}\)"):
-        save_directory._check_writing(tmp_path / "run")
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(ConfigError, match=rf"cannot be written to \({reason}.*\); give") as refused:
+        save_directory._write_probe(tmp_path / "run")
+    owner = pwd.getpwuid(os.geteuid()).pw_name
+    mode = f"{(tmp_path / 'run').stat().st_mode & 0o7777:o}"
+    assert (f"it belongs to {owner}, mode {mode}" in str(refused.value)) == (number == errno.EACCES)
 
 
 def test_a_directory_that_another_machine_may_not_write_to(
@@ -67,13 +74,44 @@ def test_a_directory_that_another_machine_may_not_write_to(
 ) -> None:
     save_directory._check_access(tmp_path)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(ConfigError, match="permission denied"):
+    with pytest.raises(ConfigError, match="Permission denied: it belongs to"):
         save_directory._check_access(tmp_path)
 
 
-def test_the_test_of_writing_leaves_nothing_behind(tmp_path: Path) -> None:
-    save_directory._check_writing(tmp_path / "run")
-    assert list(content_of(tmp_path)) == ["run"]
+@contextmanager
+def chdir(place: Path) -> Iterator[None]:
+    """Be in another working directory."""
+    before = Path.cwd()
+    os.chdir(place)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def refusal_elsewhere(places: list[Path], patience: float, argv: list[str]) -> str | None:
+    """Run the program from this rank's own working directory; return the message it is refused with."""
+    with chdir(places[int(os.environ["RANK"])]), patch.object(save_directory, "_PATIENCE_SECONDS", patience):
+        return outcome(argv).message
+
+
+def test_a_directory_that_is_not_the_same_for_all_ranks(pool: RankPool, tmp_path: Path) -> None:
+    """A relative path from two working directories is to the program what a disk of each node is."""
+    places = [tmp_path / "first", tmp_path / "second"]
+    for place in places:
+        place.mkdir()
+    words = {"--mock-data": None, "--train-iters": 1, "--save": "run"}
+    argv, host = arguments(TINY_STUDENT, words), socket.gethostname()
+    messages = pool.run(2, refusal_elsewhere, places, 0.5, argv, timeout=MISTAKE_TIMEOUT)
+    message = (
+        f"--save run is not one directory for all ranks: what was written to {places[0] / 'run'} (rank 0 on {host}) is "
+        f"not in {places[1] / 'run'} (rank 1 on {host}); give a directory that all nodes share"
+    )
+    assert messages == [message] * 2
+    assert list(content_of(tmp_path)) == ["first", "first/run", "second"]
+    (places[1] / "run").symlink_to(places[0] / "run")
+    assert pool.run(2, refusal_elsewhere, places, 0.5, argv) == ["", ""]
+    assert not list(tmp_path.rglob(".write_test*"))
 
 
 def test_a_directory_of_another_run_is_not_written_into(

@@ -18,18 +18,23 @@ ELASTIC_RUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent(parent_pid: int | None = None) -> None:
-    """Have the kernel kill this worker when its parent ends; exit at once when the parent is gone already.
+def die_with_parent(parent_pid: int | None = None, *, by: int = signal.SIGKILL) -> None:
+    """Have the kernel send this worker a signal when its parent ends, and at once when the parent is gone already.
 
-    `parent_pid` is the expected parent, when known. The signal is SIGKILL: a worker that waits in a collective
-    for a peer that is gone would not get to run a Python handler of a gentler one.
+    `parent_pid` is the expected parent, when known. The signal is SIGKILL: a worker that waits in a collective for a peer
+    that is gone would not get to run a Python handler of a gentler one. A later call replaces an earlier one's signal.
     """
     if not sys.platform.startswith("linux"):
         return
     expected = os.getppid() if parent_pid is None else parent_pid
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(by), 0, 0, 0)
     if os.getppid() != expected:  # the parent ended between its start of this worker and the call above
-        os._exit(128 + signal.SIGKILL)
+        os.kill(os.getpid(), by)
+
+
+def has_bare_torchrun() -> bool:
+    """Return whether torchrun itself started this rank: it may be ended by a signal that it does not pass on."""
+    return ELASTIC_RUN_VARIABLE in os.environ and LAUNCHER_PID_VARIABLE not in os.environ
 
 
 def die_with_launcher() -> None:

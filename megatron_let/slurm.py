@@ -24,7 +24,7 @@ _FIRST_PORT, _PORTS = 20000, 10000  # below the ports that Linux hands out by it
 def adopt_slurm_ranks(environment: MutableMapping[str, str]) -> None:
     """Set torchrun's variables for a task that srun started with others; leave everything else as it is.
 
-    A launcher's own RANK and WORLD_SIZE win, and so do MASTER_ADDR and MASTER_PORT where given. Otherwise the ranks meet on
+    A launcher's own RANK and WORLD_SIZE win, and so do MASTER_ADDR, MASTER_PORT and OMP_NUM_THREADS where given. Otherwise the ranks meet on
     the first node of the step, at a port that follows from job and step, so that jobs on one node do not meet.
 
     Raises:
@@ -53,6 +53,9 @@ def adopt_slurm_ranks(environment: MutableMapping[str, str]) -> None:
     # A lone node's name need not resolve.
     first = "127.0.0.1" if nodes == 1 else first_host(environment["SLURM_STEP_NODELIST"])
     environment.setdefault("MASTER_ADDR", first)
+    environment.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # torchrun's choice: else each rank takes all processors of its node
     environment.setdefault("MASTER_PORT", str(_FIRST_PORT + (16 * job + step) % _PORTS))
 
 

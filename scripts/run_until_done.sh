@@ -37,7 +37,7 @@ die() {
     exit 2
 }
 
-is_count() { [[ "$1" =~ ^[0-9]+$ ]]; }
+is_count() { [[ "$1" =~ ^[0-9]{1,9}$ ]]; }
 
 while [ "$#" -gt 0 ]; do
     case "$1" in
@@ -72,17 +72,25 @@ fi
 [ -n "$directory" ] || die "the command has no --save: without checkpoints each start would begin anew; add it, or name" \
     "the directory with --save-directory when a --config file holds it"
 
-# The iteration of the newest checkpoint, 0 without one.
-newest() {
-    local text=""
-    text="$(head -c 32 "$directory/latest_checkpointed_iteration.txt" 2>/dev/null | tr -d '\0' || true)"
-    if is_count "$text"; then echo "$((10#$text))"; else echo 0; fi
+# The iteration of the checkpoint that the tracker names, 0 when that is not there.
+tracked() {
+    local tracker="$directory/latest_checkpointed_iteration.txt" text=""
+    if [ -f "$tracker" ]; then text="$(head -c 32 "$tracker" 2>/dev/null | tr -d '\0' || true)"; fi
+    if is_count "$text" && [ -d "$directory/$(printf 'iter_%07d' "$((10#$text))")" ]; then
+        echo "$((10#$text))"
+    else
+        echo 0
+    fi
 }
 
 # The exit code that the run itself has left, nothing when it left none.
 left_code() {
-    [ ! -f "$directory/exit_status.json" ] ||
-        sed -n 's/.*"exit_code": *\([0-9][0-9]*\).*/\1/p' "$directory/exit_status.json" 2>/dev/null || true
+    local status="$directory/exit_status.json" text=""
+    if [ -f "$status" ]; then
+        text="$(head -c 65536 "$status" 2>/dev/null |
+            sed -n 's/.*"exit_code": *\([0-9]\{1,3\}\)\([^0-9].*\)*$/\1/p' 2>/dev/null | head -n 1 || true)"
+    fi
+    if is_count "$text" && [ "$text" -le 255 ]; then echo "$text"; fi
 }
 
 program="${1##*/}" child="" signalled=""
@@ -123,7 +131,11 @@ run() {
     if [[ "$code" -eq 1 || "$code" -gt 128 ]] && [ -n "$left" ]; then code="$left"; fi
 }
 
-best="$(newest)" restarts=0
+# torchrun itself passes on the first four alone, and would end by SIGUSR1.
+export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
+
+# Progress is a checkpoint that no start before has ended with: after a rollback its iteration may be a lower one.
+seen=" $(tracked) " restarts=0
 while true; do
     run "$@"
     case "$code" in
@@ -138,11 +150,11 @@ while true; do
         exit "$code"
     fi
     signalled=""
-    now="$(newest)"
-    if [ "$now" -gt "$best" ]; then
-        best="$now" restarts=0
+    now="$(tracked)"
+    if [[ "$seen" != *" $now "* ]]; then
+        seen+="$now " restarts=0
     elif [ "$restarts" -ge "$max_restarts" ]; then
-        say "exit code $code, and no checkpoint newer than iteration $best after $max_restarts restarts: giving up"
+        say "exit code $code, and no checkpoint newer than iteration $now after $max_restarts restarts: giving up"
         exit "$code"
     fi
     restarts=$((restarts + 1)) # in a row without progress, the coming one included

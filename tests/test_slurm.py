@@ -58,6 +58,7 @@ def test_a_task_of_srun_is_a_rank() -> None:
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "gpu07",
         "MASTER_PORT": str(20000 + (16 * 4711 + 2) % 10000),
+        "OMP_NUM_THREADS": "1",
     }
 
 
@@ -91,8 +92,8 @@ def test_what_is_no_task_of_several_or_has_a_launcher_stays_as_it_is(environment
     assert adopted(environment) == {}
 
 
-def test_where_the_ranks_meet_can_be_given() -> None:
-    given = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+def test_where_the_ranks_meet_and_their_threads_can_be_given() -> None:
+    given = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "OMP_NUM_THREADS": "4"}
     assert adopted({**TASK, **given}).keys() == {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from tests.launch.test_launcher import ROOT, status_in, wait_for, workers_run
 
 PROGRAM = Path(__file__).parent / "training_program.py"
 SCRIPT = ROOT / "scripts" / "run_until_done.sh"
-LIMIT = 150  # seconds, on a machine that does other things too; each takes about ten
+LIMIT = 300  # seconds, on a machine that does other things too; each takes about ten
 
 Launch = Callable[..., subprocess.Popen]
 
@@ -57,7 +58,8 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 
     yield start
     for program in started:
-        program.kill()
+        with suppress(ProcessLookupError):  # what it started may still be there when it has ended
+            os.killpg(program.pid, signal.SIGKILL)
         program.communicate()
 
 
@@ -151,6 +153,23 @@ def test_under_bare_torchrun_the_others_end_when_a_rank_is_killed(launch: Launch
     assert "rank      : 1 (local_rank: 1)" in err
     assert "Signal 9 (SIGKILL)" in err
     assert not workers_run(tmp_path)
+
+
+@pytest.mark.parametrize("script", [True, False], ids=["below the script", "alone"])
+def test_sigusr1_to_bare_torchrun_loses_nothing(script: bool, launch: Launch, tmp_path: Path) -> None:
+    changes: dict[str, object] = {"--exit-signal-handler": None, "--train-iters": 1000, "--num-workers": 0}
+    before = ("bash", str(SCRIPT)) if script else ()
+    program = launch("slow", *before, launcher="torch.distributed.run", changes=changes)
+    wait_for(lambda: len(list(tmp_path.glob("pid_*"))) == 2)
+    program.send_signal(signal.SIGUSR1)
+    program.communicate(timeout=LIMIT)
+    # The script has torchrun pass it on. Alone torchrun ends by it, and its ranks hear of that.
+    assert program.returncode == (3 if script else -signal.SIGUSR1)
+    wait_for(lambda: not workers_run(tmp_path))
+    saved, status = read_tracker(tmp_path / "save"), status_in(tmp_path / "save")
+    assert saved is not None
+    assert (status["exit_code"], status["iteration"]) == (3, saved)
+    assert find_damage(tmp_path / "save" / f"iter_{saved:07d}") is None
 
 
 def test_on_two_nodes_a_killed_rank_ends_both_and_its_own_node_names_it(

@@ -60,6 +60,21 @@ def test_the_same_signal_again_ends_the_program_unless_it_is_one_delivered_twice
     )
 
 
+def test_a_rank_whose_launcher_is_gone_ends_in_time_even_when_it_cannot_save(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("megatron_let.training.signals._ORPHAN_SECONDS", 0.05)
+    ends: list[tuple[int, str]] = []
+    there = StopRequest(0.0, lambda code, line: ends.append((code, line)), os.getppid())
+    gone = StopRequest(0.0, lambda code, line: ends.append((code, line)), os.getpid())
+    there.receive(signal.SIGTERM, 0.0)
+    gone.receive(signal.SIGTERM, 0.0)
+    wait_for(lambda: bool(ends))
+    time.sleep(0.2)
+    assert [code for code, _ in ends] == [143]
+    assert "torchrun was ended and the ranks were not done with saving" in ends[0][1]
+
+
 def test_a_schedulers_warning_and_its_limit_are_two_signals_of_which_neither_is_a_second() -> None:
     assert ends_of((signal.SIGUSR1, 0.0), (signal.SIGTERM, 120.0)) == []
     assert len(ends_of((signal.SIGUSR1, 0.0), (signal.SIGTERM, 120.0), (signal.SIGTERM, 130.0))) == 1

@@ -26,7 +26,7 @@ from megatron_let.data.fast_encoder import ENCODERS
 from megatron_let.data.foreign_flags import add_foreign_flags
 from megatron_let.data.input_rules import INPUT_FORMATS, TEXT_DOCUMENTS
 from megatron_let.data.preprocess import PreprocessSettings, describe, preprocess
-from megatron_let.data.program import Interrupted, ProgramParser, run_program, say, utf8_name
+from megatron_let.data.program import Interrupted, ProgramParser, command_line, run_program, say, utf8_name
 from megatron_let.data.records import TOO_LONG_TO_ENCODE
 from megatron_let.data.subsets import parse_weights
 from megatron_let.data.tokenizer_flags import add_tokenizer_places, refuse_without_effect
@@ -87,8 +87,8 @@ def _add_record_flags(records: argparse._ArgumentGroup) -> None:
         type=float,
         default=0.001,
         metavar="F",
-        help="stop when more are unusable, judged from 10,000 records on (default 0.001); blank lines and empty "
-        "texts do not count",
+        help="stop when more are unusable (default 0.001); of fewer than 10,000 records as many may be as of 10,000, but "
+        "not most of all; blank lines and empty texts do not count",
     )
     records.add_argument(
         "--max-document-bytes",
@@ -195,6 +195,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         workers=arguments.workers,
         log_interval=arguments.log_interval,
         commit_seconds=arguments.commit_interval,
+        command=command_line(),
     )
     tokenizer = build_tokenizer(
         tokenizer_type=arguments.tokenizer_type,

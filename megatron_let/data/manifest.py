@@ -71,6 +71,12 @@ class Manifest:
     """Records that gave no document, by reason."""
     skipped_examples: tuple[str, ...] = ()
     """The first few of them: file, line, reason."""
+    unread: Mapping[str, int] = field(default_factory=dict)
+    """Files of directories and globs that were left out, by reason."""
+    unread_examples: tuple[str, ...] = ()
+    """The first few of them: file, reason."""
+    made: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """When, by which command, by which encoder and versions; nothing of it decides over a byte."""
     records: int = 0
     """Records read for these files; 0 in manifests that did not count them."""
     subset: str | None = None
@@ -153,7 +159,8 @@ def _from_json(content: dict[str, Any], path: Path) -> Manifest:
         values["subsets"] = {
             name: SubsetCount(**_known(SubsetCount, count)) for name, count in subsets.items()
         }
-        values["skipped_examples"] = tuple(values.get("skipped_examples", ()))
+        for name in ("skipped_examples", "unread_examples"):
+            values[name] = tuple(values.get(name, ()))
         return Manifest(**values)
     except (KeyError, TypeError) as error:
         raise ConfigError(
@@ -213,7 +220,10 @@ _RULES: Mapping[str, Callable[[Any], bool]] = {
     "subset": _is_text_or_none,
     "sources": _are_sources,
     "skipped": _are_counts,
+    "unread": _are_counts,
+    "made": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
     "skipped_examples": _are_texts,
+    "unread_examples": _are_texts,
     "subsets": _are_subsets,
 }
 

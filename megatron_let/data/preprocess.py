@@ -25,13 +25,14 @@ from megatron_let.data.indexed import dtype_for_vocabulary
 from megatron_let.data.input_rules import InputRules
 from megatron_let.data.journal import Journal, WorkingDirectory, write_synced
 from megatron_let.data.manifest import Manifest
+from megatron_let.data.origin import Origin, made_now
 from megatron_let.data.outputs import ErrorPolicy, Outputs, counts_in_words
 from megatron_let.data.preprocess_settings import PreprocessSettings, check_settings
 from megatron_let.data.progress import ProgressMeter
 from megatron_let.data.readers import read_blocks
 from megatron_let.data.reading import Reading, require_unchanged
 from megatron_let.data.records import RejectedRecord, records_of, utf8_size
-from megatron_let.data.sources import find_sources
+from megatron_let.data.sources import find_inputs
 from megatron_let.data.subsets import MAX_SUBSETS, blend_words, subset_report
 from megatron_let.data.tokenizers import Tokenizer
 from megatron_let.data.workers import map_in_order
@@ -119,7 +120,11 @@ class _Run:
             block_bytes=settings.block_bytes,
         )
         self._outputs = Outputs(directory.path, settings.output_prefix, self._rules)
-        self._reading = Reading(find_sources(settings.inputs, self._input_rules))
+        found = find_inputs(settings.inputs, self._input_rules)
+        self._unread = found.unread
+        self._reading = Reading(found.sources)
+        self._policy = ErrorPolicy(settings.on_error == "stop", settings.max_error_fraction)
+        self._encoder_note = ""
         directory.refuse_inputs([source.path for source in self._reading.sources])
 
     def complete(self, journal: Journal | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,10 +137,12 @@ class _Run:
             else:
                 self._take_up(journal)
             self._encode_all(arguments)
-            self._outputs.require_documents()
+            self._outputs.judge_whole(self._policy)
             with self._writing():
                 self._commit(arguments)
-                done = self._outputs.complete(self._tokenizer, self._reading.finished)
+                made = made_now(self._settings.command, self._encoder_note)
+                origin = Origin(self._reading.finished, self._unread, made)
+                done = self._outputs.complete(self._tokenizer, origin)
                 prefix = self._settings.output_prefix
                 manifests = {f"{prefix}{name}": manifest for _, name, manifest in done}
                 return {
@@ -157,19 +164,22 @@ class _Run:
 
     def _encode_all(self, arguments: Mapping[str, Any]) -> None:
         settings, outputs, reading = self._settings, self._outputs, self._reading
-        policy = ErrorPolicy(settings.on_error == "stop", settings.max_error_fraction)
         blocks = reading.blocks(self._input_rules)
         first = next(blocks, None)
         encode = _BlockEncoder(self._rules, self._choose_encoder(first))
         meter = ProgressMeter(
-            reading.total_bytes, settings.log_interval, self._write_line, read_before=reading.disk_bytes
+            reading.total_bytes,
+            settings.log_interval,
+            self._write_line,
+            read_before=reading.disk_bytes,
+            documents_before=outputs.num_records,
         )
         committed = time.monotonic()
         items = chain(iter([first] if first else []), blocks)
         del first  # it may be a document of 128 MiB
         for block in map_in_order(encode, items, settings.workers, size_of=_size_of):
             with self._writing():
-                outputs.add(block, policy)
+                outputs.add(block, self._policy)
                 reading.advance(block)
                 if time.monotonic() - committed >= settings.commit_seconds:
                     self._commit(arguments)
@@ -200,6 +210,7 @@ class _Run:
             sample += _sample_of(next(read_blocks(source, self._input_rules)), self._rules)
         encoder, line = choose_encoder(self._tokenizer.batch_encoder(), sample, self._settings.encoder)
         self._write_line(line)
+        self._encoder_note = line.removeprefix("encoder: ")
         return encoder
 
     def _write_subset_files(self, manifests: Mapping[str, Manifest]) -> list[list[str]]:
@@ -262,8 +273,8 @@ def _writing(directory: WorkingDirectory, prefix: str) -> Iterator[None]:
 
 def describe(manifest: Manifest, prefix: str) -> str:
     """Return what was written and skipped, in one line."""
-    num_skipped = sum(manifest.skipped.values())
+    num_skipped, num_unread = sum(manifest.skipped.values()), sum(manifest.unread.values())
     line = f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens ({manifest.dtype})"
-    if not num_skipped:
-        return f"{line}, nothing skipped"
-    return f"{line}, {num_skipped:,} records skipped: {counts_in_words(manifest.skipped)}"
+    skipped = f"{num_skipped:,} records skipped: {counts_in_words(manifest.skipped)}"
+    unread = f"; {num_unread:,} files not read: {counts_in_words(manifest.unread)}" if num_unread else ""
+    return f"{line}, {skipped if num_skipped else 'nothing skipped'}{unread}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from megatron_let.data.input_paths import refuse_address
 from megatron_let.errors import ConfigError
 
 
@@ -33,11 +34,14 @@ class PreprocessSettings:
     commit_seconds: float = 10.0
     """Time between two entries of the journal: the work that a kill can cost."""
     block_bytes: int = 1_000_000
+    command: str = ""
+    """The command line, for the manifest."""
 
 
 def check_settings(settings: PreprocessSettings) -> None:
     """Raise ConfigError for what cannot be, before any work."""
     keys, prefix = settings.json_keys, settings.output_prefix
+    refuse_address(prefix, f"--output-prefix {prefix}")
     if not keys or len(set(keys)) != len(keys):
         raise ConfigError(f"--json-keys {' '.join(keys)}: each key once, and at least one")
     if any("/" in key for key in keys):

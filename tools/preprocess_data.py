@@ -63,6 +63,9 @@ def _add_data_flags(data: argparse._ArgumentGroup) -> None:
     )
     data.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's eod")
     data.add_argument(
+        "--limit", type=int, metavar="N", help="read the first N records alone (lines, rows, text files)"
+    )
+    data.add_argument(
         "--input-format",
         choices=INPUT_FORMATS,
         default="auto",
@@ -101,6 +104,11 @@ def _add_record_flags(records: argparse._ArgumentGroup) -> None:
         f"skipped too (reason {TOO_LONG_TO_ENCODE})",
     )
     records.add_argument(
+        "--skipped-file",
+        action="store_true",
+        help="list every skipped record by file, number, byte and reason in PREFIX_KEY_skipped.jsonl",
+    )
+    records.add_argument(
         "--invalid-utf8",
         choices=["skip", "replace"],
         default="skip",
@@ -119,6 +127,13 @@ def _add_subset_flags(subsets: argparse._ArgumentGroup) -> None:
         default="meta.pile_set_name",
         metavar="PATH",
         help="where a record names its subset, keys joined by dots (default meta.pile_set_name)",
+    )
+    subsets.add_argument(
+        "--exclude-subset",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="skip and count the records of these subsets",
     )
     subsets.add_argument(
         "--subset-weights",
@@ -186,6 +201,9 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         subset_key=arguments.subset_key,
         split_by_subset=arguments.split_by_subset,
         subset_weights=parse_weights(arguments.subset_weights),
+        excluded_subsets=tuple(sorted(set(arguments.exclude_subset))),
+        limit=arguments.limit,
+        list_skipped=arguments.skipped_file,
         max_document_bytes=arguments.max_document_bytes,
         invalid_utf8=arguments.invalid_utf8,
         on_error=arguments.on_error,

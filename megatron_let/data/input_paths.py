@@ -24,7 +24,7 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _GLOB_CHARACTERS = "*?["
 # What this program and its like leave where their output is.
 _OWN_DIRECTORY_SUFFIX = ".partial"
-_OWN_FILE_SUFFIXES = (".manifest.json", "_subsets.json", "_blend.txt")
+_OWN_FILE_SUFFIXES = (".manifest.json", "_subsets.json", "_blend.txt", "_skipped.jsonl")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def expand_inputs(inputs: Sequence[str]) -> ExpandedInputs:
 
     A file that is named is taken whatever its name. Of a directory the files below it with a known suffix are, hidden
     ones and those in hidden directories excepted, and what preprocessing itself puts there (NAME.partial/,
-    NAME.manifest.json, NAME_subsets.json, NAME_blend.txt).
+    NAME.manifest.json, NAME_subsets.json, NAME_blend.txt, NAME_skipped.jsonl).
 
     Raises:
         ConfigError: nothing is named, a glob has no match, a directory holds no data or cannot be read, or an address is

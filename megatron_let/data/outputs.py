@@ -12,6 +12,7 @@ from typing import Any
 from megatron_let import __version__
 from megatron_let.data.encoding import EncodedBlock, EncodingRules
 from megatron_let.data.indexed_writer import IndexedWriter, WriterState
+from megatron_let.data.listing import SkippedListing
 from megatron_let.data.manifest import MAX_SKIPPED_EXAMPLES, Manifest, SubsetCount, write_manifest
 from megatron_let.data.origin import Origin
 from megatron_let.data.packing import EncodedPart
@@ -174,6 +175,7 @@ class Outputs:
         self._rules = rules
         self._pairs: dict[tuple[str, str | None], _Pair] = {}
         self.accounts = {key: Account() for key in rules.json_keys}
+        self.listing = SkippedListing(directory, rules.json_keys) if rules.list_skipped else None
         for key in () if rules.split_by_subset else rules.json_keys:
             _require_usable(f"{prefix}{_whole_name(key)}")
 
@@ -184,6 +186,8 @@ class Outputs:
             ConfigError: by `policy` the run must not go on, or there are too many subsets.
         """
         for key, account in self.accounts.items():
+            if self.listing is not None:
+                self.listing.add(key, block.path, block.skipped[key].listed)
             account.add(block, key, policy)
         for part in block.parts:
             self._pair_of(part.key, part.subset).add(part)
@@ -193,6 +197,7 @@ class Outputs:
         return {
             "pairs": [pair.state() for pair in self._pairs.values()],
             "accounts": {key: account.state() for key, account in self.accounts.items()},
+            **({} if self.listing is None else {"listing": self.listing.sync()}),
         }
 
     def take_up(self, state: Mapping[str, Any]) -> None:
@@ -220,6 +225,8 @@ class Outputs:
             )
             values = {**saved, "subsets": counts, "writer": writer}
             self._pairs[saved["key"], saved["subset"]] = _Pair(**values)
+        if self.listing is not None:
+            self.listing.take_up(state["listing"])
         for key, saved in state["accounts"].items():
             require_fields(Account, saved)
             self.accounts[key] = Account(**{**saved, "skipped": Counter(saved["skipped"])})
@@ -253,6 +260,8 @@ class Outputs:
         """Close all files."""
         for pair in self._pairs.values():
             pair.writer.close()
+        if self.listing is not None:
+            self.listing.close()
 
     def _pair_of(self, key: str, subset: str | None) -> _Pair:
         pair = self._pairs.get((key, subset))

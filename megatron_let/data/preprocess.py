@@ -17,7 +17,7 @@ from itertools import chain
 from typing import Any
 
 from megatron_let.data.batch_encoders import BatchEncoder
-from megatron_let.data.blocks import Block
+from megatron_let.data.blocks import Block, first_records
 from megatron_let.data.continuing import arguments_of, install, require_installable, require_same
 from megatron_let.data.encoding import EncodedBlock, EncodingRules, encode_block
 from megatron_let.data.fast_encoder import choose_encoder
@@ -31,7 +31,7 @@ from megatron_let.data.preprocess_settings import PreprocessSettings, check_sett
 from megatron_let.data.progress import ProgressMeter
 from megatron_let.data.readers import read_blocks
 from megatron_let.data.reading import Reading, require_unchanged
-from megatron_let.data.records import RejectedRecord, records_of, utf8_size
+from megatron_let.data.records import EXCLUDED_SUBSET, RejectedRecord, records_of, utf8_size
 from megatron_let.data.sources import find_inputs
 from megatron_let.data.subsets import MAX_SUBSETS, blend_words, subset_report
 from megatron_let.data.tokenizers import Tokenizer
@@ -111,6 +111,8 @@ class _Run:
             subset_key=settings.subset_key,
             split_by_subset=settings.split_by_subset,
             replace_invalid_utf8=settings.invalid_utf8 == "replace",
+            excluded_subsets=settings.excluded_subsets,
+            list_skipped=settings.list_skipped,
         )
         self._input_rules = InputRules(
             input_format=settings.input_format,
@@ -141,13 +143,13 @@ class _Run:
             with self._writing():
                 self._commit(arguments)
                 made = made_now(self._settings.command, self._encoder_note)
-                origin = Origin(self._reading.finished, self._unread, made)
+                origin = Origin(self._reading.read, self._unread, made)
                 done = self._outputs.complete(self._tokenizer, origin)
                 prefix = self._settings.output_prefix
                 manifests = {f"{prefix}{name}": manifest for _, name, manifest in done}
                 return {
                     "pairs": [[stem.name, name] for stem, name, _ in done],
-                    "files": self._write_subset_files(manifests) if self._settings.split_by_subset else [],
+                    "files": self._write_subset_files(manifests) + self._listings(),
                     "reading": self._reading.state(),
                 }
         finally:
@@ -165,6 +167,8 @@ class _Run:
     def _encode_all(self, arguments: Mapping[str, Any]) -> None:
         settings, outputs, reading = self._settings, self._outputs, self._reading
         blocks = reading.blocks(self._input_rules)
+        if settings.limit is not None:
+            blocks = first_records(blocks, settings.limit - outputs.num_records)
         first = next(blocks, None)
         encode = _BlockEncoder(self._rules, self._choose_encoder(first))
         meter = ProgressMeter(
@@ -191,6 +195,7 @@ class _Run:
                 read_bytes=reading.disk_bytes,
             )
         self._write_line(meter.line())
+        self._tell_of_choices()
 
     def _writing(self) -> AbstractContextManager[None]:
         return _writing(self._directory, self._settings.output_prefix)
@@ -213,10 +218,28 @@ class _Run:
         self._encoder_note = line.removeprefix("encoder: ")
         return encoder
 
+    def _listings(self) -> list[list[str]]:
+        return [] if self._outputs.listing is None else self._outputs.listing.finished()
+
+    def _tell_of_choices(self) -> None:
+        """Say what --limit left unread, and that --exclude-subset names nothing that is there."""
+        settings, reading = self._settings, self._reading
+        if settings.limit is not None and len(reading.finished) < len(reading.sources):
+            self._write_line(
+                f"--limit: {self._outputs.num_records:,} records are read, {len(reading.finished):,} of "
+                f"{len(reading.sources):,} files to the end"
+            )
+        account = next(iter(self._outputs.accounts.values()))
+        if settings.excluded_subsets and not account.skipped[EXCLUDED_SUBSET]:
+            self._write_line(
+                f"--exclude-subset: no record is of {', '.join(settings.excluded_subsets)} (--subset-key "
+                f"{settings.subset_key} says where a record names its subset)"
+            )
+
     def _write_subset_files(self, manifests: Mapping[str, Manifest]) -> list[list[str]]:
         """Write the blend and the account of a run by subset under working names; return those and the final suffixes."""
         files: list[list[str]] = []
-        for key, account in self._outputs.accounts.items():
+        for key, account in self._outputs.accounts.items() if self._settings.split_by_subset else ():
             own = {prefix: manifest for prefix, manifest in manifests.items() if manifest.json_key == key}
             words = blend_words(own, self._settings.subset_weights)
             report = json.dumps(subset_report(account.state(), own, words), indent=2)

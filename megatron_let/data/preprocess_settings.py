@@ -22,6 +22,10 @@ class PreprocessSettings:
     subset_key: str = "meta.pile_set_name"
     split_by_subset: bool = False
     subset_weights: Mapping[str, float] = field(default_factory=dict)
+    excluded_subsets: tuple[str, ...] = ()
+    limit: int | None = None
+    """Records after which nothing more is read."""
+    list_skipped: bool = False
     max_document_bytes: int = 128 << 20
     invalid_utf8: str = "skip"
     on_error: str = "skip"
@@ -52,6 +56,8 @@ def check_settings(settings: PreprocessSettings) -> None:
         )
     if not settings.commit_seconds >= 0:
         raise ConfigError(f"--commit-interval {settings.commit_seconds} must be 0 seconds or more")
+    if settings.limit is not None and settings.limit < 1:
+        raise ConfigError(f"--limit {settings.limit} must be at least 1 record")
     if settings.max_document_bytes < 1:
         raise ConfigError(f"--max-document-bytes {settings.max_document_bytes} must be at least 1")
     if not 0 <= settings.max_error_fraction <= 1:

@@ -28,6 +28,7 @@ from megatron_let.data.input_rules import INPUT_FORMATS, TEXT_DOCUMENTS
 from megatron_let.data.preprocess import PreprocessSettings, describe, preprocess
 from megatron_let.data.program import Interrupted, ProgramParser, command_line, run_program, say, utf8_name
 from megatron_let.data.records import TOO_LONG_TO_ENCODE
+from megatron_let.data.sharding import parse_shard
 from megatron_let.data.subsets import parse_weights
 from megatron_let.data.tokenizer_flags import add_tokenizer_places, refuse_without_effect
 from megatron_let.data.tokenizers import TOKENIZER_TYPES, build_tokenizer
@@ -163,6 +164,12 @@ def _add_tokenizer_flags(tokens: argparse._ArgumentGroup) -> None:
 
 def _add_runtime_flags(runtime: argparse._ArgumentGroup) -> None:
     runtime.add_argument("--workers", type=int, default=1, help="processes that encode (default 1)")
+    runtime.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="take part I (from 0) of N of the files, and write PREFIX-0000I-of-0000N_KEY_document; tools/merge_data.py joins "
+        "the parts to the bytes of one run",
+    )
     runtime.add_argument("--log-interval", type=int, default=1000, help="documents between progress lines")
     runtime.add_argument(
         "--commit-interval",
@@ -191,9 +198,11 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         raise ConfigError(
             f"--text-documents has no effect with --input-format {arguments.input_format}: leave it out, or give text"
         )
+    shard = parse_shard(arguments.shard) if arguments.shard is not None else None
     settings = PreprocessSettings(
         inputs=tuple(arguments.input),
-        output_prefix=arguments.output_prefix,
+        output_prefix=arguments.output_prefix + (shard.suffix if shard else ""),
+        shard=shard,
         json_keys=tuple(arguments.json_keys),
         append_eod=arguments.append_eod,
         input_format=arguments.input_format,

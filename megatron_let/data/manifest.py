@@ -75,6 +75,10 @@ class Manifest:
     """Files of directories and globs that were left out, by reason."""
     unread_examples: tuple[str, ...] = ()
     """The first few of them: file, reason."""
+    shard: str = ""
+    """Which part of a job over many nodes this is, such as 3/8; empty for a whole one."""
+    shard_of: str = ""
+    """Digest of all the job's files."""
     made: Mapping[str, str] = field(default_factory=dict, compare=False)
     """When, by which command, by which encoder and versions; nothing of it decides over a byte."""
     records: int = 0
@@ -210,11 +214,11 @@ def _are_subsets(value: Any) -> bool:
 
 
 _COUNTS = "vocab_size eod max_token_id documents sequences tokens bytes records eod_in_text"
-_TEXTS = "tokenizer_type tokenizer_name dtype json_key tool_version"
+_TEXTS = "tokenizer_type tokenizer_name dtype json_key tool_version shard"
 _RULES: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(_COUNTS.split(), _is_count),
     **dict.fromkeys(_TEXTS.split(), _is_text),
-    **dict.fromkeys(("bin_sha256", "idx_sha256"), _is_digest),
+    **dict.fromkeys(("bin_sha256", "idx_sha256", "shard_of"), _is_digest),
     "append_eod": lambda value: isinstance(value, bool),
     "tokenizer_fingerprint": _is_text_or_none,
     "subset": _is_text_or_none,

@@ -26,6 +26,7 @@ from megatron_let.data.manifest import (
     write_manifest,
 )
 from megatron_let.data.origin import made_now
+from megatron_let.data.sharding import require_whole_jobs
 from megatron_let.errors import ConfigError, LetError
 from megatron_let.plain_json import shown
 
@@ -64,7 +65,7 @@ def merge(
     `command` is noted in the manifest. Without a manifest beside every input there is none for the result, and `write_line` says so.
 
     Raises:
-        ConfigError: no input, a damaged one, one whose checksum is not its manifest's, two with the same tokens,
+        ConfigError: no input, a damaged one, one shard of a job without the others, one whose checksum is not its manifest's, two with the same tokens,
             another id type or tokenizer, an output that is an input or that a stopped run is to go on with.
         LetError: the disk is full.
     """
@@ -74,6 +75,7 @@ def merge(
     summaries = [check_indexed(prefix) for prefix in prefixes]
     manifests = [_manifest_of(summary) for summary in summaries]
     _check_same(summaries, manifests)
+    require_whole_jobs(manifest for manifest in manifests if manifest is not None)
     seen: dict[str, str] = {}
     for summary, manifest in zip(summaries, manifests, strict=True):
         _refuse_copy(summary.prefix, "" if manifest is None else manifest.bin_sha256, seen)
@@ -215,7 +217,8 @@ def _merged_manifest(manifests: Sequence[Manifest], digests: tuple[str, str], co
     examples = [example for manifest in manifests for example in manifest.skipped_examples]
     unread: Counter[str] = Counter()
     unread_examples: list[str] = []
-    for left_out in {manifest.sources: manifest for manifest in manifests}.values():  # once a run
+    # Once a job: its pairs, and its shards, tell of the same files.
+    for left_out in {manifest.shard_of or manifest.sources: manifest for manifest in manifests}.values():
         unread.update(left_out.unread)
         unread_examples += left_out.unread_examples
     sums = ("documents", "sequences", "tokens", "bytes", "records", "eod_in_text")
@@ -231,6 +234,8 @@ def _merged_manifest(manifests: Sequence[Manifest], digests: tuple[str, str], co
         skipped_examples=tuple(examples[:MAX_SKIPPED_EXAMPLES]),
         unread=dict(sorted(unread.items())),
         unread_examples=tuple(unread_examples[:MAX_SKIPPED_EXAMPLES]),
+        shard="",
+        shard_of="",
         made=made_now(command, libraries=()),
         subset=names.pop() if len(names) == 1 else None,
         subsets=dict(sorted(subsets.items())),

@@ -23,6 +23,8 @@ class Origin:
     sources: Sequence[SourceFile]
     unread: Sequence[UnreadFile]
     made: dict[str, str]
+    shard: str = ""
+    shard_of: str = ""
 
     @property
     def unread_counts(self) -> dict[str, int]:

@@ -310,6 +310,8 @@ class Outputs:
             unread=origin.unread_counts,
             unread_examples=origin.unread_examples,
             made=origin.made,
+            shard=origin.shard,
+            shard_of=origin.shard_of,
             skipped=dict(sorted(account.skipped.items())) if is_whole else {},
             skipped_examples=tuple(account.examples) if is_whole else (),
             records=account.records if is_whole else writer.documents,

@@ -32,6 +32,7 @@ from megatron_let.data.progress import ProgressMeter
 from megatron_let.data.readers import read_blocks
 from megatron_let.data.reading import Reading, require_unchanged
 from megatron_let.data.records import EXCLUDED_SUBSET, RejectedRecord, records_of, utf8_size
+from megatron_let.data.sharding import identity_of, sources_of_shard
 from megatron_let.data.sources import find_inputs
 from megatron_let.data.subsets import MAX_SUBSETS, blend_words, subset_report
 from megatron_let.data.tokenizers import Tokenizer
@@ -123,8 +124,8 @@ class _Run:
         )
         self._outputs = Outputs(directory.path, settings.output_prefix, self._rules)
         found = find_inputs(settings.inputs, self._input_rules)
-        self._unread = found.unread
-        self._reading = Reading(found.sources)
+        self._found, shard = found, settings.shard
+        self._reading = Reading(sources_of_shard(found.sources, shard) if shard else found.sources)
         self._policy = ErrorPolicy(settings.on_error == "stop", settings.max_error_fraction)
         self._encoder_note = ""
         directory.refuse_inputs([source.path for source in self._reading.sources])
@@ -142,9 +143,7 @@ class _Run:
             self._outputs.judge_whole(self._policy)
             with self._writing():
                 self._commit(arguments)
-                made = made_now(self._settings.command, self._encoder_note)
-                origin = Origin(self._reading.read, self._unread, made)
-                done = self._outputs.complete(self._tokenizer, origin)
+                done = self._outputs.complete(self._tokenizer, self._origin())
                 prefix = self._settings.output_prefix
                 manifests = {f"{prefix}{name}": manifest for _, name, manifest in done}
                 return {
@@ -217,6 +216,14 @@ class _Run:
         self._write_line(line)
         self._encoder_note = line.removeprefix("encoder: ")
         return encoder
+
+    def _origin(self) -> Origin:
+        settings, found = self._settings, self._found
+        made = made_now(settings.command, self._encoder_note)
+        if settings.shard is None:
+            return Origin(self._reading.read, found.unread, made)
+        identity = identity_of(found.sources)
+        return Origin(self._reading.read, found.unread, made, str(settings.shard), identity)
 
     def _listings(self) -> list[list[str]]:
         return [] if self._outputs.listing is None else self._outputs.listing.finished()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_let.data.input_paths import refuse_address
+from megatron_let.data.sharding import Shard
 from megatron_let.errors import ConfigError
 
 
@@ -25,6 +26,8 @@ class PreprocessSettings:
     excluded_subsets: tuple[str, ...] = ()
     limit: int | None = None
     """Records after which nothing more is read."""
+    shard: Shard | None = None
+    """Which part of the files to take."""
     list_skipped: bool = False
     max_document_bytes: int = 128 << 20
     invalid_utf8: str = "skip"

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_let.data.index_tables import open_tables
 from megatron_let.data.indexed import check_indexed, read_document
 from megatron_let.data.manifest import Manifest, manifest_path, read_manifest, require_manifest_of
+from megatron_let.data.outputs import counts_in_words
 from megatron_let.data.program import ProgramParser, run_program, say
 from megatron_let.data.statistics import length_statistics
 from megatron_let.data.tokenizer_flags import add_tokenizer_places, given_places, refuse_without_effect
@@ -99,6 +100,10 @@ def _about(manifest: Manifest | None) -> Iterator[str]:
         yield f"records read: {manifest.records:,}"
     yield f"records skipped: {sum(manifest.skipped.values()):,}"
     yield from (f"  {reason}: {count:,}" for reason, count in sorted(manifest.skipped.items()))
+    if manifest.unread:
+        yield f"files not read: {counts_in_words(manifest.unread)}"
+    if manifest.made:
+        yield f"made: {', '.join(f'{name} {value}' for name, value in manifest.made.items())}"
     if manifest.subset is not None:
         yield f"subset: {manifest.subset}"
     if manifest.subsets:

@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_let.data.merge import find_pairs, merge
 from megatron_let.data.preprocess import describe
-from megatron_let.data.program import ProgramParser, run_program, say, utf8_name
+from megatron_let.data.program import ProgramParser, command_line, run_program, say, utf8_name
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Merge and yield the line to print. Raises LetError."""
-    summary, manifest = merge(find_pairs(arguments.input), arguments.output_prefix, say)
+    summary, manifest = merge(find_pairs(arguments.input), arguments.output_prefix, say, command_line())
     if manifest is None:
         yield f"{summary.prefix}: {summary.documents:,} documents, {summary.tokens:,} tokens ({summary.dtype})"
     else:

@@ -26,8 +26,9 @@ from megatron_let.data.fast_encoder import ENCODERS
 from megatron_let.data.foreign_flags import add_foreign_flags
 from megatron_let.data.input_rules import INPUT_FORMATS, TEXT_DOCUMENTS
 from megatron_let.data.preprocess import PreprocessSettings, describe, preprocess
-from megatron_let.data.program import Interrupted, ProgramParser, run_program, say, utf8_name
+from megatron_let.data.program import Interrupted, ProgramParser, command_line, run_program, say, utf8_name
 from megatron_let.data.records import TOO_LONG_TO_ENCODE
+from megatron_let.data.sharding import parse_shard
 from megatron_let.data.subsets import parse_weights
 from megatron_let.data.tokenizer_flags import add_tokenizer_places, refuse_without_effect
 from megatron_let.data.tokenizers import TOKENIZER_TYPES, build_tokenizer
@@ -63,6 +64,9 @@ def _add_data_flags(data: argparse._ArgumentGroup) -> None:
     )
     data.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's eod")
     data.add_argument(
+        "--limit", type=int, metavar="N", help="read the first N records alone (lines, rows, text files)"
+    )
+    data.add_argument(
         "--input-format",
         choices=INPUT_FORMATS,
         default="auto",
@@ -87,8 +91,8 @@ def _add_record_flags(records: argparse._ArgumentGroup) -> None:
         type=float,
         default=0.001,
         metavar="F",
-        help="stop when more are unusable, judged from 10,000 records on (default 0.001); blank lines and empty "
-        "texts do not count",
+        help="stop when more are unusable (default 0.001); of fewer than 10,000 records as many may be as of 10,000, but "
+        "not most of all; blank lines and empty texts do not count",
     )
     records.add_argument(
         "--max-document-bytes",
@@ -99,6 +103,11 @@ def _add_record_flags(records: argparse._ArgumentGroup) -> None:
         "texts are encoded in pieces; where the tokenizer cannot be shown to cut, one of more than "
         f"{BatchEncoder.max_whole_bytes >> 20} MiB ({SentencePieceEncoder.max_whole_bytes >> 20} MiB with SentencePiece) is "
         f"skipped too (reason {TOO_LONG_TO_ENCODE})",
+    )
+    records.add_argument(
+        "--skipped-file",
+        action="store_true",
+        help="list every skipped record by file, number, byte and reason in PREFIX_KEY_skipped.jsonl",
     )
     records.add_argument(
         "--invalid-utf8",
@@ -119,6 +128,13 @@ def _add_subset_flags(subsets: argparse._ArgumentGroup) -> None:
         default="meta.pile_set_name",
         metavar="PATH",
         help="where a record names its subset, keys joined by dots (default meta.pile_set_name)",
+    )
+    subsets.add_argument(
+        "--exclude-subset",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="skip and count the records of these subsets",
     )
     subsets.add_argument(
         "--subset-weights",
@@ -148,6 +164,12 @@ def _add_tokenizer_flags(tokens: argparse._ArgumentGroup) -> None:
 
 def _add_runtime_flags(runtime: argparse._ArgumentGroup) -> None:
     runtime.add_argument("--workers", type=int, default=1, help="processes that encode (default 1)")
+    runtime.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="take part I (from 0) of N of the files, and write PREFIX-0000I-of-0000N_KEY_document; tools/merge_data.py joins "
+        "the parts to the bytes of one run",
+    )
     runtime.add_argument("--log-interval", type=int, default=1000, help="documents between progress lines")
     runtime.add_argument(
         "--commit-interval",
@@ -176,9 +198,11 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         raise ConfigError(
             f"--text-documents has no effect with --input-format {arguments.input_format}: leave it out, or give text"
         )
+    shard = parse_shard(arguments.shard) if arguments.shard is not None else None
     settings = PreprocessSettings(
         inputs=tuple(arguments.input),
-        output_prefix=arguments.output_prefix,
+        output_prefix=arguments.output_prefix + (shard.suffix if shard else ""),
+        shard=shard,
         json_keys=tuple(arguments.json_keys),
         append_eod=arguments.append_eod,
         input_format=arguments.input_format,
@@ -186,6 +210,9 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         subset_key=arguments.subset_key,
         split_by_subset=arguments.split_by_subset,
         subset_weights=parse_weights(arguments.subset_weights),
+        excluded_subsets=tuple(sorted(set(arguments.exclude_subset))),
+        limit=arguments.limit,
+        list_skipped=arguments.skipped_file,
         max_document_bytes=arguments.max_document_bytes,
         invalid_utf8=arguments.invalid_utf8,
         on_error=arguments.on_error,
@@ -195,6 +222,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         workers=arguments.workers,
         log_interval=arguments.log_interval,
         commit_seconds=arguments.commit_interval,
+        command=command_line(),
     )
     tokenizer = build_tokenizer(
         tokenizer_type=arguments.tokenizer_type,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from enum import Enum
 
 
@@ -52,3 +53,24 @@ class Block:
     is_last: bool
     """The source ends with this block; `end.digest` is then the digest of the whole file."""
     end: Position
+
+    @property
+    def num_records(self) -> int:
+        """Return how many records it stands for."""
+        return self.end.records - self.first_record + 1
+
+
+def first_records(blocks: Iterator[Block], count: int) -> Iterator[Block]:
+    """Yield the blocks of the first `count` records, the last of them cut."""
+    while count > 0 and (block := next(blocks, None)):
+        yield block if block.num_records <= count else _beginning(block, count)
+        count -= block.num_records
+
+
+def _beginning(block: Block, count: int) -> Block:
+    """Return a block of several records, which are lines, with the first `count` of them."""
+    size = 0
+    for _ in range(count):
+        size = block.content.index(b"\n", size) + 1
+    end = replace(block.end, records=block.first_record - 1 + count, content_bytes=block.first_byte + size)
+    return replace(block, content=block.content[:size], is_last=False, end=end)

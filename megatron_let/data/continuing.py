@@ -21,7 +21,15 @@ from megatron_let.plain_json import is_name, read_json, shown
 def arguments_of(settings: PreprocessSettings, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return what decides over the bytes, in JSON values."""
     definition = hashlib.sha256(tokenizer.batch_encoder().definition()).hexdigest()
+    # What was not there before is noted where it is used, so that an older run can be gone on with.
+    later = {
+        "--exclude-subset": list(settings.excluded_subsets),
+        "--limit": settings.limit,
+        "--shard": str(settings.shard or ""),
+        "--skipped-file": settings.list_skipped,
+    }
     return {
+        **{flag: value for flag, value in later.items() if value},
         "--input": list(settings.inputs),
         "--json-keys": list(settings.json_keys),
         "--append-eod": settings.append_eod,

@@ -15,6 +15,7 @@ from megatron_let.data.long_texts import TextTooLong, encode_texts
 from megatron_let.data.manifest import MAX_SKIPPED_EXAMPLES
 from megatron_let.data.packing import Document, EncodedPart, PackingRules, pack
 from megatron_let.data.records import (
+    EXCLUDED_SUBSET,
     HARMLESS,
     NO_TOKENS,
     NOT_ENCODABLE,
@@ -43,6 +44,10 @@ class EncodingRules:
     """Give each subset a part of its own."""
     replace_invalid_utf8: bool = False
     """Put U+FFFD where bytes are not UTF-8, instead of rejecting the record."""
+    excluded_subsets: tuple[str, ...] = ()
+    """Subsets whose records are left out."""
+    list_skipped: bool = False
+    """Name every record that gave no document, not the first few alone."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Skipped:
     byte: int
     """Where it begins in its source's content."""
     reason: str
+    count: int = 1
+    """How many records: more than one only for empty lines that follow each other, this being the first."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,8 @@ class SkippedCounts:
     by_reason: Mapping[str, int]
     first: tuple[Skipped, ...]
     """At most as many as a manifest names: the first errors, then the first harmless ones, each kind in the records' order."""
+    listed: tuple[Skipped, ...] = ()
+    """All of them in order, where the rules ask for it."""
 
     @property
     def total(self) -> int:
@@ -77,10 +86,14 @@ class _SkippedTally:
     by_reason: Counter[str] = field(default_factory=Counter)
     errors: list[tuple[int, int, str]] = field(default_factory=list)
     harmless: list[tuple[int, int, str]] = field(default_factory=list)
+    listed: list[tuple[int, int, str, int]] | None = None
+    """All of them, where they are to be listed."""
 
     def add(self, record: int, byte: int, reason: str, count: int = 1) -> None:
         """Count `count` records of one byte each, or one of any size."""
         self.by_reason[reason] += count
+        if self.listed is not None:
+            self.listed.append((record, byte, reason, count))
         first = self.harmless if reason in HARMLESS else self.errors
         if len(first) < MAX_SKIPPED_EXAMPLES or record < first[-1][0]:
             for index in range(min(count, MAX_SKIPPED_EXAMPLES)):
@@ -89,12 +102,14 @@ class _SkippedTally:
 
     def copy(self) -> _SkippedTally:
         """Return one that goes on by itself."""
-        return _SkippedTally(self.by_reason.copy(), self.errors.copy(), self.harmless.copy())
+        listed = None if self.listed is None else self.listed.copy()
+        return _SkippedTally(self.by_reason.copy(), self.errors.copy(), self.harmless.copy(), listed)
 
     def counts(self) -> SkippedCounts:
         """Return what travels to the writing process."""
         first = [*self.errors, *self.harmless][:MAX_SKIPPED_EXAMPLES]
-        return SkippedCounts(dict(self.by_reason), tuple(Skipped(*item) for item in first))
+        listed = tuple(Skipped(*item) for item in sorted(self.listed or ()))
+        return SkippedCounts(dict(self.by_reason), tuple(Skipped(*item) for item in first), listed)
 
 
 @dataclass(frozen=True)
@@ -122,15 +137,17 @@ def encode_block(block: Block, rules: EncodingRules, encoder: BatchEncoder) -> E
     num_bytes = len(block.content)
     records: list[Record] = []
     subsets: list[str] = []
-    unusable = _SkippedTally()
+    unusable = _SkippedTally(listed=[] if rules.list_skipped else None)
     for record in records_of(
         block, text_key=rules.json_keys[0], replace_invalid_utf8=rules.replace_invalid_utf8
     ):
         if record.rejection:
             unusable.add(record.number, record.byte, record.rejection, record.repeats)
+        elif (subset := subset_of(record.values, path)) in rules.excluded_subsets:
+            unusable.add(record.number, record.byte, EXCLUDED_SUBSET)
         else:
             records.append(record)
-            subsets.append(subset_of(record.values, path))
+            subsets.append(subset)
     block.content = b""  # the texts are copies of it
     num_records = len(records) + unusable.by_reason.total()
     parts: list[EncodedPart] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import chain
 
@@ -30,37 +31,64 @@ _REFUSED = (
 )
 # Three letters alone could begin a text.
 _BZIP2_BLOCKS = (b"1AY&SY", b"\x17rE8P\x90")
+_MARK = b"\xef\xbb\xbf"
+# First lines that no JSON lines have. A header of CSV is names and separators, and what follows it no object.
+_OTHER_TEXTS = (
+    ("a JSON array", re.compile(rb"\s*\[\s*(\{|[\r\n])")),
+    ("JSON over several lines", re.compile(rb'\s*\{[ \t]*\r?\n\s*(\}|"[^"\n]*"\s*:)')),
+    ("XML or HTML", re.compile(rb"\s*<(\?xml|!doctype|html)", re.IGNORECASE)),
+    ("a table in CSV", re.compile(rb'"?[A-Za-z_][\w .-]*"?([,;\t]"?[\w .-]+"?)+\r?\n(?!\s*[{\[])')),
+)
 _TAR_OFFSET, _TAR_MAGIC = 257, b"ustar"
 
 
-def checked_content(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
-    """Return the same content, once its beginning is known to be that of JSON lines or text.
+class EmptyInput(ConfigError):
+    """An input without any content."""
+
+    def __init__(self, name: str, what: str = "") -> None:
+        super().__init__(f"input {name} is empty{what}: leave it out")
+
+
+def checked_content(chunks: Iterator[bytes], name: str, *, is_json: bool) -> Iterator[bytes]:
+    """Return the same content, once its beginning is known to be that of JSON lines (`is_json`) or text.
 
     Raises:
-        ConfigError: there is no content, or it is of another format.
+        EmptyInput: there is no content.
+        ConfigError: it is of another format.
     """
     first, size = list[bytes](), 0
     while size < HEAD_BYTES and (chunk := next(chunks, b"")):
         first.append(chunk)
         size += len(chunk)
-    require_readable(b"".join(first)[:HEAD_BYTES], name)
+    require_readable(b"".join(first)[:HEAD_BYTES], name, is_json=is_json)
     return chain(first, chunks)
 
 
-def require_readable(head: bytes, name: str) -> None:
+def require_readable(head: bytes, name: str, *, is_json: bool) -> None:
     """Check the first bytes of an input's content, after decompression.
 
     Raises:
-        ConfigError: there are none, or they are those of another format.
+        EmptyInput: there are none.
+        ConfigError: they are those of another format.
     """
     if not head:
-        raise ConfigError(f"input {name} is empty: leave it out")
+        raise EmptyInput(name)
     found = _refused_format(head)
+    if not found and is_json and (other := _other_text(head)):
+        raise ConfigError(
+            f"input {name} is {other}, and JSON lines are needed, one object a line with the text under a key: convert it "
+            "(jq -c, pandas to_json with orient='records' and lines=True)"
+        )
     if found:
         raise ConfigError(
             f"input {name} is {found[0]}; JSON lines and text in UTF-8 (plain, gzip or zstd) and parquet can be "
             f"read: {found[1]}"
         )
+
+
+def _other_text(head: bytes) -> str:
+    """Return what text in place of JSON lines is by its first lines, "" if it may be JSON lines, damaged ones too."""
+    return next((what for what, pattern in _OTHER_TEXTS if pattern.match(head.removeprefix(_MARK))), "")
 
 
 def _refused_format(head: bytes) -> tuple[str, str] | None:

@@ -19,12 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_let.data.growing_file import GrowingFile, damaged
 from megatron_let.data.indexed import BOUND_BYTES, CODE_OF_DTYPE, HEADER, LENGTH_BYTES, MAGIC, VERSION
 from megatron_let.data.manifest import manifest_path
 from megatron_let.errors import ConfigError
-
-# Read back at a time: lengths that pointers are made from, and tokens whose digest is taken.
-_CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,8 @@ class IndexedWriter:
         paths = [working_file(stem, kind) for kind in ("bin", "lengths", "bounds")]
         for path in paths if state else ():
             if not path.exists():
-                raise _damaged(path)
-        self._data, self._lengths, self._bounds = (_HashedFile(path, is_new=not state) for path in paths)
+                raise damaged(path)
+        self._data, self._lengths, self._bounds = (GrowingFile(path, is_new=not state) for path in paths)
         if state:
             try:
                 self._take_up(state)
@@ -154,44 +152,6 @@ class IndexedWriter:
         yield from self._bounds.blocks()
 
 
-class _HashedFile:
-    """A file that grows at its end, with the digest of all that it holds."""
-
-    def __init__(self, path: Path, *, is_new: bool) -> None:
-        self._path = path
-        self._stream = path.open("w+b" if is_new else "r+b")
-        self._hash = hashlib.sha256()
-
-    def write(self, content: bytes) -> None:
-        self._stream.write(content)
-        self._hash.update(content)
-
-    def sync(self) -> str:
-        """Bring everything to the disk and return the digest."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        return self._hash.hexdigest()
-
-    def cut_back(self, size: int, digest: str) -> None:
-        """Drop what lies behind `size`. Raises ConfigError when what is left has another digest."""
-        if not 0 <= size <= os.fstat(self._stream.fileno()).st_size:
-            raise _damaged(self._path)
-        self._stream.truncate(size)
-        for block in self.blocks():
-            self._hash.update(block)
-        if self._hash.hexdigest() != digest:
-            raise _damaged(self._path)
-
-    def blocks(self) -> Iterator[bytes]:
-        """Yield the content from the beginning; further writing goes on at the end."""
-        self._stream.seek(0)
-        while block := self._stream.read(_CHUNK_BYTES):
-            yield block
-
-    def close(self) -> None:
-        self._stream.close()
-
-
 def write_pair(prefix: str, dtype: str, parts: Iterable[tuple[Any, Any, Any]]) -> None:
     """Write PREFIX.bin and PREFIX.idx of the parts, each as `IndexedWriter.add_documents` takes it."""
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
@@ -241,7 +201,3 @@ def _sync_directory(directory: Path) -> None:
     with suppress(OSError):
         os.fsync(descriptor)
     os.close(descriptor)
-
-
-def _damaged(path: Path) -> ConfigError:
-    return ConfigError(f"{path} does not hold what the stopped run wrote: give --restart to begin anew")

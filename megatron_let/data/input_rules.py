@@ -64,6 +64,14 @@ class FoundSource:
         return display_name(self.path)
 
 
+@dataclass(frozen=True)
+class UnreadFile:
+    """A file below a directory, or one that a glob matches, that is left out."""
+
+    path: str
+    reason: str
+
+
 def display_name(path: str) -> str:
     """Return what messages call an input."""
     return "standard input" if path == STANDARD_INPUT else path

@@ -161,6 +161,12 @@ class WorkingDirectory:
         self._lock.close()
 
 
+def is_working_directory(path: str) -> bool:
+    """Return whether a run of this program made the directory for its unfinished files."""
+    lock = Path(path, _LOCK)
+    return lock.is_file() and _has_mark(lock)
+
+
 def write_synced(path: Path, text: str) -> None:
     """Write a text file that is on the disk when this returns."""
     with path.open("w", encoding="utf-8") as stream:

@@ -3,7 +3,9 @@
 A text is cut only where the tokenizer itself shows that the cut makes no difference: it must give the same ids for
 the text around the cut as for its two halves, from several starting points. That suffices for a tokenizer whose
 choice at one place depends on a limited stretch of text (`BatchEncoder.is_local`): all BPE that splits text into
-words, or whose vocabulary has no long repeating pattern across them. Added tokens are never cut, since the halves
+words, or whose vocabulary has no long repeating pattern across them. A pattern that reaches without bound (a quotation,
+from quote to quote) looks the same in every window and is another one in the whole text; so a text is encoded from a
+second set of cuts as well, and where the ids differ no cut of it is trusted. Added tokens are never cut, since the halves
 of one have other ids. A stretch without any safe cut is encoded whole up to `BatchEncoder.max_whole_bytes`; beyond it
 the text is refused, since the memory it takes has no bound.
 """
@@ -30,6 +32,8 @@ _PLACES = tuple(map(re.compile, (r"\w(?= \w)", r"\w(?=\n)", r"\w(?=[^\w\s])", r"
 # rhythm would fall on a cut from one starting point and not from the others.
 _CONTEXTS = (2000, 1499, 997)
 _FIRST_STEP = 16
+# Of the pieces that confirm the others: their ends come near those of the others as seldom as can be (golden section).
+_OTHER_SIZE = 0.618
 
 
 class TextTooLong(ValueError):
@@ -42,12 +46,13 @@ def encode_texts(
     """Return what `encoder.encode(texts)` does, within bounded memory.
 
     Raises:
-        TextTooLong: more than `encoder.max_whole_bytes` would have to be encoded whole.
+        TextTooLong: more than `encoder.max_whole_bytes` would have to be encoded whole, since there is no safe cut or the
+            ids turn out to depend on where it is.
     """
     results: list[EncodedTexts] = []
     for batch in _batches(texts, 2 * piece_characters):
         if len(batch) == 1 and len(batch[0]) > 2 * piece_characters:
-            results.append(_encode_in_order(encoder, pieces_of(encoder, batch[0], piece_characters)))
+            results.append(_encode_long(encoder, batch[0], piece_characters))
         else:
             results.append(encoder.encode([str(text) for text in batch]))
     return results[0] if len(results) == 1 else join_encoded(results)
@@ -88,6 +93,30 @@ def _batches(texts: Sequence[Text], max_characters: int) -> Iterator[Sequence[Te
         yield texts
     else:
         yield texts[first:]
+
+
+def _encode_long(encoder: BatchEncoder, text: Text, piece_characters: int) -> EncodedTexts:
+    """Encode a text in pieces, or whole where the ids depend on the cuts."""
+    encoded = _encode_in_order(encoder, pieces_of(encoder, text, piece_characters))
+    if not encoder.is_local or encoder.separator or _is_confirmed(encoder, text, piece_characters, encoded):
+        return encoded
+    if _characters_within(text, 0, encoder.max_whole_bytes) < len(text):
+        raise TextTooLong("its ids depend on where it is cut")
+    return encoder.encode([str(text)])
+
+
+def _is_confirmed(encoder: BatchEncoder, text: Text, piece_characters: int, encoded: EncodedTexts) -> bool:
+    """Return whether other pieces give the same ids. Nothing more is held in memory than a piece."""
+    position = 0
+    try:
+        for piece in pieces_of(encoder, text, max(1, int(piece_characters * _OTHER_SIZE))):
+            ids = encoder.encode([piece]).ids
+            if not np.array_equal(encoded.ids[position : position + len(ids)], ids):
+                return False
+            position += len(ids)
+    except TextTooLong:
+        return False
+    return position == len(encoded.ids)
 
 
 def _encode_in_order(encoder: BatchEncoder, pieces: Iterator[str]) -> EncodedTexts:

@@ -71,6 +71,16 @@ class Manifest:
     """Records that gave no document, by reason."""
     skipped_examples: tuple[str, ...] = ()
     """The first few of them: file, line, reason."""
+    unread: Mapping[str, int] = field(default_factory=dict)
+    """Files of directories and globs that were left out, by reason."""
+    unread_examples: tuple[str, ...] = ()
+    """The first few of them: file, reason."""
+    shard: str = ""
+    """Which part of a job over many nodes this is, such as 3/8; empty for a whole one."""
+    shard_of: str = ""
+    """Digest of all the job's files."""
+    made: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """When, by which command, by which encoder and versions; nothing of it decides over a byte."""
     records: int = 0
     """Records read for these files; 0 in manifests that did not count them."""
     subset: str | None = None
@@ -153,7 +163,8 @@ def _from_json(content: dict[str, Any], path: Path) -> Manifest:
         values["subsets"] = {
             name: SubsetCount(**_known(SubsetCount, count)) for name, count in subsets.items()
         }
-        values["skipped_examples"] = tuple(values.get("skipped_examples", ()))
+        for name in ("skipped_examples", "unread_examples"):
+            values[name] = tuple(values.get(name, ()))
         return Manifest(**values)
     except (KeyError, TypeError) as error:
         raise ConfigError(
@@ -203,17 +214,20 @@ def _are_subsets(value: Any) -> bool:
 
 
 _COUNTS = "vocab_size eod max_token_id documents sequences tokens bytes records eod_in_text"
-_TEXTS = "tokenizer_type tokenizer_name dtype json_key tool_version"
+_TEXTS = "tokenizer_type tokenizer_name dtype json_key tool_version shard"
 _RULES: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(_COUNTS.split(), _is_count),
     **dict.fromkeys(_TEXTS.split(), _is_text),
-    **dict.fromkeys(("bin_sha256", "idx_sha256"), _is_digest),
+    **dict.fromkeys(("bin_sha256", "idx_sha256", "shard_of"), _is_digest),
     "append_eod": lambda value: isinstance(value, bool),
     "tokenizer_fingerprint": _is_text_or_none,
     "subset": _is_text_or_none,
     "sources": _are_sources,
     "skipped": _are_counts,
+    "unread": _are_counts,
+    "made": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
     "skipped_examples": _are_texts,
+    "unread_examples": _are_texts,
     "subsets": _are_subsets,
 }
 

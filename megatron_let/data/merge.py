@@ -15,6 +15,7 @@ from megatron_let.data.digests import sha256_while_reading
 from megatron_let.data.index_tables import CHUNK, IndexTables, open_tables
 from megatron_let.data.indexed import IndexedSummary, check_indexed
 from megatron_let.data.indexed_writer import IndexedWriter, install_pair
+from megatron_let.data.input_paths import refuse_address
 from megatron_let.data.journal import WorkingDirectory
 from megatron_let.data.manifest import (
     MAX_SKIPPED_EXAMPLES,
@@ -24,6 +25,8 @@ from megatron_let.data.manifest import (
     require_manifest_of,
     write_manifest,
 )
+from megatron_let.data.origin import made_now
+from megatron_let.data.sharding import require_whole_jobs
 from megatron_let.errors import ConfigError, LetError
 from megatron_let.plain_json import shown
 
@@ -38,6 +41,7 @@ def find_pairs(inputs: Sequence[str]) -> list[str]:
     """
     prefixes: list[str] = []
     for name in inputs:
+        refuse_address(name, f"--input {name}")
         if not Path(name).is_dir():
             prefixes.append(name)
             continue
@@ -54,22 +58,24 @@ def find_pairs(inputs: Sequence[str]) -> list[str]:
 
 
 def merge(
-    prefixes: Sequence[str], output_prefix: str, write_line: Callable[[str], None]
+    prefixes: Sequence[str], output_prefix: str, write_line: Callable[[str], None], command: str = ""
 ) -> tuple[IndexedSummary, Manifest | None]:
     """Write OUTPUT_PREFIX.{bin,idx,manifest.json} with the documents of all pairs; return what it holds.
 
-    Without a manifest beside every input there is none for the result, and `write_line` says so.
+    `command` is noted in the manifest. Without a manifest beside every input there is none for the result, and `write_line` says so.
 
     Raises:
-        ConfigError: no input, a damaged one, one whose checksum is not its manifest's, two with the same tokens,
+        ConfigError: no input, a damaged one, one shard of a job without the others, one whose checksum is not its manifest's, two with the same tokens,
             another id type or tokenizer, an output that is an input or that a stopped run is to go on with.
         LetError: the disk is full.
     """
+    refuse_address(output_prefix, f"--output-prefix {output_prefix}")
     if not prefixes:
         raise ConfigError("--input names no pair")
     summaries = [check_indexed(prefix) for prefix in prefixes]
     manifests = [_manifest_of(summary) for summary in summaries]
     _check_same(summaries, manifests)
+    require_whole_jobs(manifest for manifest in manifests if manifest is not None)
     seen: dict[str, str] = {}
     for summary, manifest in zip(summaries, manifests, strict=True):
         _refuse_copy(summary.prefix, "" if manifest is None else manifest.bin_sha256, seen)
@@ -89,7 +95,7 @@ def merge(
                     )
                 digests = writer.complete()
             known = [manifest for manifest in manifests if manifest is not None]
-            merged = _merged_manifest(known, digests) if len(known) == len(manifests) else None
+            merged = _merged_manifest(known, digests, command) if len(known) == len(manifests) else None
             if merged is None:
                 absent = next(
                     s.prefix for s, manifest in zip(summaries, manifests, strict=True) if manifest is None
@@ -199,7 +205,7 @@ def _lengths(tables: IndexTables) -> Iterator[Any]:
         yield lengths
 
 
-def _merged_manifest(manifests: Sequence[Manifest], digests: tuple[str, str]) -> Manifest:
+def _merged_manifest(manifests: Sequence[Manifest], digests: tuple[str, str], command: str) -> Manifest:
     skipped: Counter[str] = Counter()
     subsets: dict[str, SubsetCount] = {}
     for manifest in manifests:
@@ -209,6 +215,12 @@ def _merged_manifest(manifests: Sequence[Manifest], digests: tuple[str, str]) ->
     # Pairs of one run, as it writes for each subset, have their sources in common.
     sources = {(source.path, source.sha256): source for manifest in manifests for source in manifest.sources}
     examples = [example for manifest in manifests for example in manifest.skipped_examples]
+    unread: Counter[str] = Counter()
+    unread_examples: list[str] = []
+    # Once a job: its pairs, and its shards, tell of the same files.
+    for left_out in {manifest.shard_of or manifest.sources: manifest for manifest in manifests}.values():
+        unread.update(left_out.unread)
+        unread_examples += left_out.unread_examples
     sums = ("documents", "sequences", "tokens", "bytes", "records", "eod_in_text")
     names = {manifest.subset for manifest in manifests}
     keys = dict.fromkeys(manifest.json_key for manifest in manifests)
@@ -220,6 +232,11 @@ def _merged_manifest(manifests: Sequence[Manifest], digests: tuple[str, str]) ->
         sources=tuple(sources.values()),
         skipped=dict(sorted(skipped.items())),
         skipped_examples=tuple(examples[:MAX_SKIPPED_EXAMPLES]),
+        unread=dict(sorted(unread.items())),
+        unread_examples=tuple(unread_examples[:MAX_SKIPPED_EXAMPLES]),
+        shard="",
+        shard_of="",
+        made=made_now(command, libraries=()),
         subset=names.pop() if len(names) == 1 else None,
         subsets=dict(sorted(subsets.items())),
         bin_sha256=digests[0],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 from megatron_let import __version__
 from megatron_let.data.encoding import EncodedBlock, EncodingRules
 from megatron_let.data.indexed_writer import IndexedWriter, WriterState
-from megatron_let.data.manifest import MAX_SKIPPED_EXAMPLES, Manifest, SourceFile, SubsetCount, write_manifest
+from megatron_let.data.listing import SkippedListing
+from megatron_let.data.manifest import MAX_SKIPPED_EXAMPLES, Manifest, SubsetCount, write_manifest
+from megatron_let.data.origin import Origin
 from megatron_let.data.packing import EncodedPart
 from megatron_let.data.records import HARMLESS
 from megatron_let.data.subsets import MAX_SUBSETS, pair_name
@@ -20,7 +22,7 @@ from megatron_let.data.tokenizers import Tokenizer
 from megatron_let.errors import ConfigError
 from megatron_let.plain_json import require_fields, shown
 
-# A share of fewer records says little.
+# Of fewer records as many may be unusable as of so many: their share says little.
 _RECORDS_TO_JUDGE = 10_000
 # Of nearly every file system.
 _LONGEST_FILE_NAME = 255
@@ -68,7 +70,14 @@ class Account:
         self.records += block.num_records
         self.documents += block.num_records - skipped.total
         self.skipped.update(skipped.by_reason)
+        if self.records >= _RECORDS_TO_JUDGE:
+            self._judge(key, policy)
+
+    def judge_whole(self, key: str, policy: ErrorPolicy) -> None:
+        """Raise ConfigError where by `policy` too much of a whole input, however small, is unusable, or most of it is."""
         self._judge(key, policy)
+        if self._num_errors() > max(policy.max_fraction, 0.5) * self.records:
+            raise self._too_many(key, "more than half")
 
     @property
     def examples(self) -> list[str]:
@@ -80,13 +89,17 @@ class Account:
         return {**vars(self), "skipped": dict(sorted(self.skipped.items()))}
 
     def _judge(self, key: str, policy: ErrorPolicy) -> None:
-        num_errors = sum(count for reason, count in self.skipped.items() if reason not in HARMLESS)
-        if self.records < _RECORDS_TO_JUDGE or num_errors <= policy.max_fraction * self.records:
-            return
-        raise ConfigError(
-            f'{num_errors:,} of {self.records:,} records are unusable under the key "{key}" ({counts_in_words(self.skipped)}; '
-            f"first: {self.errors[0]}), more than --max-error-fraction {policy.max_fraction:g}: check --json-keys "
-            "and the input, or raise it"
+        if self._num_errors() > policy.max_fraction * max(self.records, _RECORDS_TO_JUDGE):
+            raise self._too_many(key, f"more than --max-error-fraction {policy.max_fraction:g}")
+
+    def _num_errors(self) -> int:
+        return sum(count for reason, count in self.skipped.items() if reason not in HARMLESS)
+
+    def _too_many(self, key: str, limit: str) -> ConfigError:
+        return ConfigError(
+            f'{self._num_errors():,} of {self.records:,} records are unusable under the key "{key}" '
+            f"({counts_in_words(self.skipped)}; first: {self.errors[0]}), {limit}: check --json-keys and the input, or "
+            "raise --max-error-fraction"
         )
 
 
@@ -162,6 +175,7 @@ class Outputs:
         self._rules = rules
         self._pairs: dict[tuple[str, str | None], _Pair] = {}
         self.accounts = {key: Account() for key in rules.json_keys}
+        self.listing = SkippedListing(directory, rules.json_keys) if rules.list_skipped else None
         for key in () if rules.split_by_subset else rules.json_keys:
             _require_usable(f"{prefix}{_whole_name(key)}")
 
@@ -172,6 +186,8 @@ class Outputs:
             ConfigError: by `policy` the run must not go on, or there are too many subsets.
         """
         for key, account in self.accounts.items():
+            if self.listing is not None:
+                self.listing.add(key, block.path, block.skipped[key].listed)
             account.add(block, key, policy)
         for part in block.parts:
             self._pair_of(part.key, part.subset).add(part)
@@ -181,6 +197,7 @@ class Outputs:
         return {
             "pairs": [pair.state() for pair in self._pairs.values()],
             "accounts": {key: account.state() for key, account in self.accounts.items()},
+            **({} if self.listing is None else {"listing": self.listing.sync()}),
         }
 
     def take_up(self, state: Mapping[str, Any]) -> None:
@@ -208,12 +225,14 @@ class Outputs:
             )
             values = {**saved, "subsets": counts, "writer": writer}
             self._pairs[saved["key"], saved["subset"]] = _Pair(**values)
+        if self.listing is not None:
+            self.listing.take_up(state["listing"])
         for key, saved in state["accounts"].items():
             require_fields(Account, saved)
             self.accounts[key] = Account(**{**saved, "skipped": Counter(saved["skipped"])})
 
-    def require_documents(self) -> None:
-        """Raise ConfigError when a key has no document at all."""
+    def judge_whole(self, policy: ErrorPolicy) -> None:
+        """Raise ConfigError when a key has no document at all, or by `policy` too few."""
         for key, account in self.accounts.items():
             if account.documents == 0:
                 first = f"; first: {account.examples[0]}" if account.examples else ""
@@ -221,22 +240,28 @@ class Outputs:
                     f'no document has text under the key "{key}" ({counts_in_words(account.skipped)}{first}): check '
                     "--json-keys and --input"
                 )
+            account.judge_whole(key, policy)
 
-    def complete(
-        self, tokenizer: Tokenizer, sources: Sequence[SourceFile]
-    ) -> list[tuple[Path, str, Manifest]]:
+    def complete(self, tokenizer: Tokenizer, origin: Origin) -> list[tuple[Path, str, Manifest]]:
         """Finish every pair under its working name; return that, what follows the output prefix, and the manifest."""
         done: list[tuple[Path, str, Manifest]] = []
         for pair in self._pairs.values():
-            manifest = self._manifest_of(pair, tokenizer, sources)
+            manifest = self._manifest_of(pair, tokenizer, origin)
             write_manifest(str(pair.writer.stem), manifest)
             done.append((pair.writer.stem, pair.name, manifest))
         return done
+
+    @property
+    def num_records(self) -> int:
+        """Return how many records have been read."""
+        return next(iter(self.accounts.values())).records
 
     def close(self) -> None:
         """Close all files."""
         for pair in self._pairs.values():
             pair.writer.close()
+        if self.listing is not None:
+            self.listing.close()
 
     def _pair_of(self, key: str, subset: str | None) -> _Pair:
         pair = self._pairs.get((key, subset))
@@ -263,7 +288,7 @@ class Outputs:
     def _stem(self, index: int) -> Path:
         return self._directory / f"{index:04d}"
 
-    def _manifest_of(self, pair: _Pair, tokenizer: Tokenizer, sources: Sequence[SourceFile]) -> Manifest:
+    def _manifest_of(self, pair: _Pair, tokenizer: Tokenizer, origin: Origin) -> Manifest:
         account, writer = self.accounts[pair.key], pair.writer
         bin_sha256, idx_sha256 = writer.complete()
         is_whole = pair.subset is None  # else the skipped records belong to no single pair
@@ -281,7 +306,12 @@ class Outputs:
             sequences=writer.sequences,
             tokens=writer.tokens,
             bytes=pair.text_bytes,
-            sources=tuple(sources),
+            sources=tuple(origin.sources),
+            unread=origin.unread_counts,
+            unread_examples=origin.unread_examples,
+            made=origin.made,
+            shard=origin.shard,
+            shard_of=origin.shard_of,
             skipped=dict(sorted(account.skipped.items())) if is_whole else {},
             skipped_examples=tuple(account.examples) if is_whole else (),
             records=account.records if is_whole else writer.documents,

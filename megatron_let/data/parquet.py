@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from megatron_let.data.blocks import START, Block, Position
+from megatron_let.data.formats import EmptyInput
 from megatron_let.data.input_rules import FoundSource, InputRules
 from megatron_let.data.raw_stream import RawStream, changed_since_start, open_input
 from megatron_let.errors import ConfigError
@@ -24,7 +25,8 @@ def require_parquet(path: str) -> None:
     """Check that the file's metadata can be read and tells of rows.
 
     Raises:
-        ConfigError: the package pyarrow is missing, or the file is damaged or without rows.
+        EmptyInput: it has no rows.
+        ConfigError: the package pyarrow is missing, or the file is damaged.
     """
     if not has_pyarrow():
         raise ConfigError(
@@ -33,7 +35,7 @@ def require_parquet(path: str) -> None:
     with open_input(path) as stream, _damage_named(path):
         num_rows = _open(stream).metadata.num_rows
     if not num_rows:
-        raise ConfigError(f"input {path} is empty, a parquet file without rows: leave it out")
+        raise EmptyInput(path, ", a parquet file without rows")
 
 
 def read_parquet_blocks(source: FoundSource, rules: InputRules, start: Position = START) -> Iterator[Block]:

@@ -17,7 +17,7 @@ from itertools import chain
 from typing import Any
 
 from megatron_let.data.batch_encoders import BatchEncoder
-from megatron_let.data.blocks import Block
+from megatron_let.data.blocks import Block, first_records
 from megatron_let.data.continuing import arguments_of, install, require_installable, require_same
 from megatron_let.data.encoding import EncodedBlock, EncodingRules, encode_block
 from megatron_let.data.fast_encoder import choose_encoder
@@ -25,13 +25,15 @@ from megatron_let.data.indexed import dtype_for_vocabulary
 from megatron_let.data.input_rules import InputRules
 from megatron_let.data.journal import Journal, WorkingDirectory, write_synced
 from megatron_let.data.manifest import Manifest
+from megatron_let.data.origin import Origin, made_now
 from megatron_let.data.outputs import ErrorPolicy, Outputs, counts_in_words
 from megatron_let.data.preprocess_settings import PreprocessSettings, check_settings
 from megatron_let.data.progress import ProgressMeter
 from megatron_let.data.readers import read_blocks
 from megatron_let.data.reading import Reading, require_unchanged
-from megatron_let.data.records import RejectedRecord, records_of, utf8_size
-from megatron_let.data.sources import find_sources
+from megatron_let.data.records import EXCLUDED_SUBSET, RejectedRecord, records_of, utf8_size
+from megatron_let.data.sharding import identity_of, sources_of_shard
+from megatron_let.data.sources import find_inputs
 from megatron_let.data.subsets import MAX_SUBSETS, blend_words, subset_report
 from megatron_let.data.tokenizers import Tokenizer
 from megatron_let.data.workers import map_in_order
@@ -110,6 +112,8 @@ class _Run:
             subset_key=settings.subset_key,
             split_by_subset=settings.split_by_subset,
             replace_invalid_utf8=settings.invalid_utf8 == "replace",
+            excluded_subsets=settings.excluded_subsets,
+            list_skipped=settings.list_skipped,
         )
         self._input_rules = InputRules(
             input_format=settings.input_format,
@@ -119,7 +123,11 @@ class _Run:
             block_bytes=settings.block_bytes,
         )
         self._outputs = Outputs(directory.path, settings.output_prefix, self._rules)
-        self._reading = Reading(find_sources(settings.inputs, self._input_rules))
+        found = find_inputs(settings.inputs, self._input_rules)
+        self._found, shard = found, settings.shard
+        self._reading = Reading(sources_of_shard(found.sources, shard) if shard else found.sources)
+        self._policy = ErrorPolicy(settings.on_error == "stop", settings.max_error_fraction)
+        self._encoder_note = ""
         directory.refuse_inputs([source.path for source in self._reading.sources])
 
     def complete(self, journal: Journal | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,15 +140,15 @@ class _Run:
             else:
                 self._take_up(journal)
             self._encode_all(arguments)
-            self._outputs.require_documents()
+            self._outputs.judge_whole(self._policy)
             with self._writing():
                 self._commit(arguments)
-                done = self._outputs.complete(self._tokenizer, self._reading.finished)
+                done = self._outputs.complete(self._tokenizer, self._origin())
                 prefix = self._settings.output_prefix
                 manifests = {f"{prefix}{name}": manifest for _, name, manifest in done}
                 return {
                     "pairs": [[stem.name, name] for stem, name, _ in done],
-                    "files": self._write_subset_files(manifests) if self._settings.split_by_subset else [],
+                    "files": self._write_subset_files(manifests) + self._listings(),
                     "reading": self._reading.state(),
                 }
         finally:
@@ -157,19 +165,24 @@ class _Run:
 
     def _encode_all(self, arguments: Mapping[str, Any]) -> None:
         settings, outputs, reading = self._settings, self._outputs, self._reading
-        policy = ErrorPolicy(settings.on_error == "stop", settings.max_error_fraction)
         blocks = reading.blocks(self._input_rules)
+        if settings.limit is not None:
+            blocks = first_records(blocks, settings.limit - outputs.num_records)
         first = next(blocks, None)
         encode = _BlockEncoder(self._rules, self._choose_encoder(first))
         meter = ProgressMeter(
-            reading.total_bytes, settings.log_interval, self._write_line, read_before=reading.disk_bytes
+            reading.total_bytes,
+            settings.log_interval,
+            self._write_line,
+            read_before=reading.disk_bytes,
+            documents_before=outputs.num_records,
         )
         committed = time.monotonic()
         items = chain(iter([first] if first else []), blocks)
         del first  # it may be a document of 128 MiB
         for block in map_in_order(encode, items, settings.workers, size_of=_size_of):
             with self._writing():
-                outputs.add(block, policy)
+                outputs.add(block, self._policy)
                 reading.advance(block)
                 if time.monotonic() - committed >= settings.commit_seconds:
                     self._commit(arguments)
@@ -181,6 +194,7 @@ class _Run:
                 read_bytes=reading.disk_bytes,
             )
         self._write_line(meter.line())
+        self._tell_of_choices()
 
     def _writing(self) -> AbstractContextManager[None]:
         return _writing(self._directory, self._settings.output_prefix)
@@ -200,12 +214,39 @@ class _Run:
             sample += _sample_of(next(read_blocks(source, self._input_rules)), self._rules)
         encoder, line = choose_encoder(self._tokenizer.batch_encoder(), sample, self._settings.encoder)
         self._write_line(line)
+        self._encoder_note = line.removeprefix("encoder: ")
         return encoder
+
+    def _origin(self) -> Origin:
+        settings, found = self._settings, self._found
+        made = made_now(settings.command, self._encoder_note)
+        if settings.shard is None:
+            return Origin(self._reading.read, found.unread, made)
+        identity = identity_of(found.sources)
+        return Origin(self._reading.read, found.unread, made, str(settings.shard), identity)
+
+    def _listings(self) -> list[list[str]]:
+        return [] if self._outputs.listing is None else self._outputs.listing.finished()
+
+    def _tell_of_choices(self) -> None:
+        """Say what --limit left unread, and that --exclude-subset names nothing that is there."""
+        settings, reading = self._settings, self._reading
+        if settings.limit is not None and len(reading.finished) < len(reading.sources):
+            self._write_line(
+                f"--limit: {self._outputs.num_records:,} records are read, {len(reading.finished):,} of "
+                f"{len(reading.sources):,} files to the end"
+            )
+        account = next(iter(self._outputs.accounts.values()))
+        if settings.excluded_subsets and not account.skipped[EXCLUDED_SUBSET]:
+            self._write_line(
+                f"--exclude-subset: no record is of {', '.join(settings.excluded_subsets)} (--subset-key "
+                f"{settings.subset_key} says where a record names its subset)"
+            )
 
     def _write_subset_files(self, manifests: Mapping[str, Manifest]) -> list[list[str]]:
         """Write the blend and the account of a run by subset under working names; return those and the final suffixes."""
         files: list[list[str]] = []
-        for key, account in self._outputs.accounts.items():
+        for key, account in self._outputs.accounts.items() if self._settings.split_by_subset else ():
             own = {prefix: manifest for prefix, manifest in manifests.items() if manifest.json_key == key}
             words = blend_words(own, self._settings.subset_weights)
             report = json.dumps(subset_report(account.state(), own, words), indent=2)
@@ -262,8 +303,8 @@ def _writing(directory: WorkingDirectory, prefix: str) -> Iterator[None]:
 
 def describe(manifest: Manifest, prefix: str) -> str:
     """Return what was written and skipped, in one line."""
-    num_skipped = sum(manifest.skipped.values())
+    num_skipped, num_unread = sum(manifest.skipped.values()), sum(manifest.unread.values())
     line = f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens ({manifest.dtype})"
-    if not num_skipped:
-        return f"{line}, nothing skipped"
-    return f"{line}, {num_skipped:,} records skipped: {counts_in_words(manifest.skipped)}"
+    skipped = f"{num_skipped:,} records skipped: {counts_in_words(manifest.skipped)}"
+    unread = f"; {num_unread:,} files not read: {counts_in_words(manifest.unread)}" if num_unread else ""
+    return f"{line}, {skipped if num_skipped else 'nothing skipped'}{unread}"

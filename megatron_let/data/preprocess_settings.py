@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from megatron_let.data.input_paths import refuse_address
+from megatron_let.data.sharding import Shard
 from megatron_let.errors import ConfigError
 
 
@@ -21,6 +23,12 @@ class PreprocessSettings:
     subset_key: str = "meta.pile_set_name"
     split_by_subset: bool = False
     subset_weights: Mapping[str, float] = field(default_factory=dict)
+    excluded_subsets: tuple[str, ...] = ()
+    limit: int | None = None
+    """Records after which nothing more is read."""
+    shard: Shard | None = None
+    """Which part of the files to take."""
+    list_skipped: bool = False
     max_document_bytes: int = 128 << 20
     invalid_utf8: str = "skip"
     on_error: str = "skip"
@@ -33,11 +41,14 @@ class PreprocessSettings:
     commit_seconds: float = 10.0
     """Time between two entries of the journal: the work that a kill can cost."""
     block_bytes: int = 1_000_000
+    command: str = ""
+    """The command line, for the manifest."""
 
 
 def check_settings(settings: PreprocessSettings) -> None:
     """Raise ConfigError for what cannot be, before any work."""
     keys, prefix = settings.json_keys, settings.output_prefix
+    refuse_address(prefix, f"--output-prefix {prefix}")
     if not keys or len(set(keys)) != len(keys):
         raise ConfigError(f"--json-keys {' '.join(keys)}: each key once, and at least one")
     if any("/" in key for key in keys):
@@ -48,6 +59,8 @@ def check_settings(settings: PreprocessSettings) -> None:
         )
     if not settings.commit_seconds >= 0:
         raise ConfigError(f"--commit-interval {settings.commit_seconds} must be 0 seconds or more")
+    if settings.limit is not None and settings.limit < 1:
+        raise ConfigError(f"--limit {settings.limit} must be at least 1 record")
     if settings.max_document_bytes < 1:
         raise ConfigError(f"--max-document-bytes {settings.max_document_bytes} must be at least 1")
     if not 0 <= settings.max_error_fraction <= 1:

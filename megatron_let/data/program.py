@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -73,6 +74,11 @@ def run_program(work: Callable[[], Iterable[str]]) -> int:
     except OSError as error:
         what = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "a file"
         return _failed(f"{what}: {error.strerror or error}", EXIT_BAD_CONFIGURATION)
+
+
+def command_line() -> str:
+    """Return this program's command line as a shell takes it; a name that is not UTF-8 is spelled out."""
+    return shlex.join(sys.argv).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def say(line: str) -> None:

@@ -21,7 +21,10 @@ class ProgressMeter:
     """Least time between two lines."""
     read_before: int = 0
     """Bytes on disk that an earlier, stopped run has read."""
+    documents_before: int = 0
+    """Documents that it is through with."""
     documents: int = 0
+    """Of this run alone, as all that follow but `read_bytes`."""
     tokens: int = 0
     content_bytes: int = 0
     read_bytes: int = 0
@@ -48,7 +51,7 @@ class ProgressMeter:
         """Return the state in one line."""
         seconds = max(self.clock() - self._started, 1e-9)
         return (
-            f"processed {self.documents:,} records, {self._share()} | "
+            f"processed {self.documents_before + self.documents:,} records, {self._share()} | "
             f"{self.content_bytes / 1e6 / seconds:.2f} MB/s, {self.documents / seconds:,.0f} records/s, "
             f"{self.tokens / seconds:,.0f} tokens/s | elapsed {format_seconds(seconds)}, ETA {self._time_left(seconds)}"
         )

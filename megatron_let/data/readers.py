@@ -71,7 +71,7 @@ def _blocks(source: FoundSource, rules: InputRules, raw: RawStream, start: Posit
 
 
 def _pieces(source: FoundSource, rules: InputRules, raw: RawStream, start: Position) -> Iterator[Piece]:
-    content = checked_content(content_chunks(raw), source.name)
+    content = checked_content(content_chunks(raw), source.name, is_json=source.kind is RecordKind.JSON_LINES)
     rest = _skip(content, start.content_bytes, source.name)
     if source.kind is RecordKind.TEXT_FILE:
         yield whole_text(rest, rules.max_document_bytes)

@@ -57,6 +57,15 @@ class Reading:
         sizes = [source.size for source in self.sources]
         return None if None in sizes else sum(size or 0 for size in sizes)
 
+    @property
+    def read(self) -> list[SourceFile]:
+        """Return what is read to its end, and the one of which only a part is, without digest."""
+        if self.position == START:
+            return self.finished
+        source = self.sources[len(self.finished)]
+        size = self.position.disk_bytes if source.size is None else source.size
+        return [*self.finished, SourceFile(source.path, size)]
+
     def state(self) -> dict[str, Any]:
         """Return the reading in JSON values."""
         return {

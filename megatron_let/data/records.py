@@ -36,9 +36,10 @@ LONE_SURROGATE = "lone_surrogate"
 NO_TOKENS = "no_tokens"
 NOT_ENCODABLE = "not_encodable"
 TOO_LONG_TO_ENCODE = "too_long_to_encode"
+EXCLUDED_SUBSET = "excluded_subset"
 
-HARMLESS = frozenset({BLANK_LINE, EMPTY_TEXT, NO_TOKENS})
-"""Nothing was lost with these: there was no text."""
+HARMLESS = frozenset({BLANK_LINE, EMPTY_TEXT, NO_TOKENS, EXCLUDED_SUBSET})
+"""Nothing was lost with these: there was no text, or it was not wanted."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Characters whose UTF-8 size is counted, or bytes that are checked, at a time: no second copy of a huge text.

@@ -7,6 +7,7 @@ import io
 import json
 import sys
 from collections import Counter
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_let.data.indexed import check_indexed
+from megatron_let.data.preprocess import describe
 from megatron_let.data.tokenizers import Tokenizer, build_tokenizer
 from megatron_let.errors import ConfigError
 from tests.data.runs import WriteJsonl, documents, good, one, run
@@ -57,9 +59,21 @@ class TestPolicy:
             run(tmp_path / "out", [path], max_error_fraction=0.001)
         assert [item.name for item in tmp_path.iterdir()] == ["input.jsonl"]
 
-    def test_fewer_records_are_not_judged(self, write_jsonl: WriteJsonl, tmp_path: Path) -> None:
-        path = write_jsonl([*good(9_998), b"{broken"])
-        assert one(tmp_path / "out", [path], max_error_fraction=0.0).records == 9_999
+    @pytest.mark.parametrize(
+        ("num_good", "num_bad", "limit"),
+        [(500, 10, None), (500, 11, "0.001"), (1, 9_990, "0.001"), (5, 5, None), (4, 5, "more than half")],
+    )
+    def test_of_fewer_records_as_many_may_be_unusable_but_not_most(
+        self, write_jsonl: WriteJsonl, tmp_path: Path, num_good: int, num_bad: int, limit: str | None
+    ) -> None:
+        path = write_jsonl([*good(num_good), *[{"content": "1"}] * num_bad])
+        if limit is None:
+            assert one(tmp_path / "out", [path], max_error_fraction=0.001).skipped == {"missing_key": num_bad}
+            return
+        message = rf"^{num_bad:,} of {num_good + num_bad:,} records are unusable .*missing_key.*{limit}"
+        with pytest.raises(ConfigError, match=message):
+            run(tmp_path / "out", [path], max_error_fraction=0.001)
+        assert one(tmp_path / "out", [path], max_error_fraction=1.0).documents == num_good
 
     def test_a_run_that_stopped_goes_on_with_a_higher_limit(
         self, write_jsonl: WriteJsonl, tmp_path: Path
@@ -109,6 +123,26 @@ class TestAccount:
                 ConfigError, match=message if not split else "longer than a file's name|no document"
             ):
                 run(tmp_path / prefix, [path], split_by_subset=split, **changes)
+
+    def test_what_was_not_read_and_how_it_was_made_stands_in_the_manifest(
+        self, write_jsonl: WriteJsonl, tmp_path: Path
+    ) -> None:
+        (tmp_path / "in").mkdir()
+        write_jsonl(good(3), "in/a.jsonl")
+        for name in ("wiki_subsets.json", "mix_blend.txt", ".hidden.jsonl", "c.csv"):
+            write_jsonl(good(1), f"in/{name}")
+        manifest = one(
+            tmp_path / "out", [str(tmp_path / "in")], command="preprocess --input in", encoder="plain"
+        )
+        assert manifest.unread == {"hidden": 1, "other_kind": 1, "output_of_preprocessing": 2}
+        assert f"{tmp_path}/in/.hidden.jsonl: hidden" in manifest.unread_examples
+        assert describe(manifest, "out") == (
+            "out: 3 documents, 6 tokens (uint16), nothing skipped; 4 files not read: 1 hidden, 1 other_kind, "
+            "2 output_of_preprocessing"
+        )
+        assert (manifest.made["command"], manifest.made["encoder"]) == ("preprocess --input in", "plain")
+        assert datetime.fromisoformat(manifest.made["time"]) <= datetime.now(timezone.utc)
+        assert {"megatron_let", "tokenizers", "numpy"} <= manifest.made.keys()
 
 
 class TestLength:

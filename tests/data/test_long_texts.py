@@ -194,6 +194,31 @@ def test_tokens_that_repeat_in_a_rhythm_are_not_cut_where_one_window_alone_would
     same_ids(BackendEncoder(tokenizer), "a" + " a" * 8000, 5000)
 
 
+def quotations() -> tuple[BatchEncoder, str]:
+    """Return a tokenizer that takes whole quotations, and a text whose quotes no window of it can pair."""
+    choose = random.Random(4)
+    words = [choose.choice(("the", "fox", "of", "box", "lazy")) for _ in range(8000)]
+    for place in range(0, len(words), 997):
+        words[place] = '"' + words[place]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex('"[^"]*"'), "isolated")
+    trainer = trainers.BpeTrainer(vocab_size=60, show_progress=False)
+    corpus = ['"the"', '"fox"', '"of"', '"box"', '"lazy"', "the lazy fox of box"] * 3
+    tokenizer.train_from_iterator(corpus, trainer=trainer)
+    return BackendEncoder(tokenizer), " ".join(words)
+
+
+def test_where_a_pattern_reaches_without_bound_the_text_is_encoded_whole_or_refused() -> None:
+    encoder, text = quotations()
+    whole = encoder.encode([text]).ids.tolist()
+    in_pieces = join_encoded([encoder.encode([piece]) for piece in pieces_of(encoder, text, 5000)])
+    assert in_pieces.ids.tolist() != whole, "else it shows nothing"
+    assert encode_texts(encoder, [text], 5000).ids.tolist() == whole
+    encoder.max_whole_bytes = len(text) - 1
+    with pytest.raises(TextTooLong, match="depend on where it is cut"):
+        encode_texts(encoder, [text], 5000)
+
+
 def test_text_without_spaces_is_cut_at_line_ends(encoders: dict[str, BatchEncoder]) -> None:
     text = "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8\n" * 300
     assert same_ids(encoders["byte_level"], text, 100) > 10

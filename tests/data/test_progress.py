@@ -18,6 +18,16 @@ def test_lines_come_at_the_asked_interval_with_rates_and_time_left() -> None:
     )
 
 
+def test_what_an_earlier_run_did_is_counted_and_makes_nothing_faster() -> None:
+    now = [100.0]
+    meter = ProgressMeter(4_000_000, 1, print, lambda: now[0], read_before=3_000_000, documents_before=3_000)
+    now[0] += 10
+    meter.add(documents=500, tokens=1000, content_bytes=2_000_000, read_bytes=3_500_000)
+    assert meter.line() == (
+        "processed 3,500 records, 87.5 % of 4.0 MB | 0.20 MB/s, 50 records/s, 100 tokens/s | elapsed 0:00:10, ETA 0:00:10"
+    )
+
+
 def test_a_fast_run_does_not_flood_the_log() -> None:
     now = [0.0]
     lines: list[str] = []

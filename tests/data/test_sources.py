@@ -18,7 +18,8 @@ import zstandard
 
 from megatron_let.data.blocks import RecordKind
 from megatron_let.data.input_rules import FoundSource, InputRules
-from megatron_let.data.sources import find_sources
+from megatron_let.data.readers import read_blocks
+from megatron_let.data.sources import find_inputs, find_sources
 from megatron_let.errors import ConfigError
 from tests.data.standard_input import piped_standard_input
 
@@ -191,9 +192,83 @@ def test_one_file_under_several_paths_is_an_error() -> None:
     os.link("d/a.jsonl", "d/hard")
     refuse("^input d/a.jsonl is given twice: its documents would be counted twice", "d/a.jsonl", "d/a.jsonl")
     refuse("^input d/a.jsonl is given twice", "d", "d/a.jsonl")
+    refuse("^input d/soft is the same file as d/a.jsonl", "d", "d/soft")
     refuse("^input d/soft is the same file as d/a.jsonl", "d/a.jsonl", "d/soft")
     refuse("^input d/hard is the same file as d/a.jsonl", "d/*.jsonl", "d/hard")
     refuse("^input ./d/a.jsonl is the same file as d/a.jsonl", "d/a.jsonl", "./d/a.jsonl")
+
+
+def test_what_a_directory_or_glob_holds_empty_or_twice_is_left_out_and_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name in ("d", "e"):
+        Path(name).mkdir()
+        put(f"{name}/empty.jsonl", b"")
+        put(f"{name}/empty.jsonl.gz", gzip.compress(b""))
+    for number in range(3):
+        put(f"d/{number}.jsonl")
+    put("d/3.jsonl", CONTENT * 2)
+    os.symlink("0.jsonl", "d/link.jsonl")
+    for given in ("d", "d/*"):
+        caplog.clear()
+        found = find_inputs([given], RULES)
+        assert [source.path for source in found.sources] == ["d/0.jsonl", "d/3.jsonl"]
+        assert sorted((file.path, file.reason) for file in found.unread) == [
+            ("d/1.jsonl", "same_content"),
+            ("d/2.jsonl", "same_content"),
+            ("d/empty.jsonl", "empty"),
+            ("d/empty.jsonl.gz", "empty"),
+            ("d/link.jsonl", "same_file"),
+        ]
+        assert caplog.messages == [
+            "5 files of the input are not read: 2 empty (d/empty.jsonl), 2 same_content (d/1.jsonl), 1 same_file (d/link.jsonl)"
+        ]
+    refuse("^input d/empty.jsonl is empty: leave it out", "d/0.jsonl", "d/empty.jsonl")
+    refuse("^inputs d/1.jsonl and d/0.jsonl have the same content", "d/[1].jsonl", "d/0.jsonl")
+    refuse("^--input e: all files are empty", "e")
+
+
+@pytest.mark.parametrize(
+    ("what", "content"),
+    [
+        ("a JSON array", b'[{"text": "a"}, {"text": "b"}]'),
+        ("a JSON array", b'\xef\xbb\xbf[\n  {"text": "a"}\n]\n'),
+        ("JSON over several lines", b'{\n    "text": "a"\n}\n'),
+        ("JSON over several lines", b'{\r\n\t"text": [\r\n\t\t"a"]}'),
+        ("a table in CSV", b'text,meta\n"a",1\n'),
+        ("a table in CSV", b'"id"\t"my text"\r\n1\ta\r\n'),
+        ("XML or HTML", b"<!DOCTYPE html>\n<html>404</html>"),
+    ],
+)
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_text_in_place_of_json_lines_is_named(
+    monkeypatch: pytest.MonkeyPatch, what: str, content: bytes, compress: Callable[[bytes], bytes]
+) -> None:
+    message = f"^input (a|standard input) is {what}, and JSON lines are needed, one object a line"
+    refuse(message, put("a", compress(content)))
+    with piped_standard_input(monkeypatch, compress(content)):
+        if compress is bytes:
+            refuse(message, "-")
+        else:
+            (source,) = find_sources(["-"], RULES)
+            with pytest.raises(ConfigError, match=message):
+                next(read_blocks(source, RULES))
+    find_sources([put("a.txt", compress(content))], RULES)
+
+
+def test_damaged_json_lines_are_left_to_the_count() -> None:
+    for number, beginning in enumerate(
+        (
+            b'{"text": "a", \n{}\n',
+            b"[1, 2]\n",
+            b"{broken\n",
+            b'\n\n{"text": "a"}',
+            b"a, b\n{}\n",
+            b"{\n{}\n",
+            b"a\nb\n",
+        )
+    ):
+        find_sources([put(f"{number}.jsonl", beginning)], RULES)
 
 
 @pytest.mark.parametrize("size", [10, 1_500_000, 3_000_000])

@@ -95,6 +95,7 @@ def _about(manifest: Manifest | None) -> Iterator[str]:
         f"{manifest.eod} {'appended' if manifest.append_eod else 'not appended'}"
     )
     yield f"tokenizer fingerprint: {manifest.tokenizer_fingerprint}"
+    yield f"encoding fingerprint: {manifest.encoding_fingerprint}"
     yield f"largest token id: {manifest.max_token_id}"
     if manifest.records:
         yield f"records read: {manifest.records:,}"

@@ -1,13 +1,14 @@
 """The encoder of a Hugging Face directory, held against the directory's own files.
 
 transformers builds a tokenizer from its class and takes of the files what the class asks for. Of a SentencePiece model it
-makes merges of its own, in another order than the model's scores: other ids for most texts, runs of spaces first. Such
-a directory is encoded by its model file. Where a tokenizer.json says something else than the class does, nobody can tell
-from here which one made the model, and a warning names the difference.
+makes merges of its own, in another order than the model's scores: other ids for most texts, runs of spaces first. Of a
+tokenizer.json it may take vocabulary and merges alone: SmolLM2's, loaded as the GPT2Tokenizer that it calls itself, no longer
+splits numerals off. The files are what the model was trained with, so where they say something else they encode.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,8 @@ def directory_encoder(tokenizer: Any, name_or_path: str) -> BatchEncoder:
             since tokens were added to it or numbered anew.
     """
     found = _encoder_of(tokenizer)
-    definition = file_in(name_or_path, "tokenizer.json")
-    if definition is not None:
-        _compare_with_definition(tokenizer, found, definition, name_or_path)
-        return found
+    if file_in(name_or_path, "tokenizer.json") is not None:
+        return _by_definition(tokenizer, found, name_or_path)
     path = next(filter(None, (file_in(name_or_path, name) for name in SENTENCEPIECE_FILES)), None)
     model = None if path is None else _sentencepiece(path)
     if model is None:
@@ -71,27 +70,31 @@ def _encoder_of(tokenizer: Any) -> BatchEncoder:
     )
 
 
-def _compare_with_definition(tokenizer: Any, found: BatchEncoder, definition: Path, name: str) -> None:
-    """Warn where the tokenizer's class makes something else of it than tokenizer.json says."""
-    if not tokenizer.is_fast or not is_rebuilt_by_class(tokenizer):
-        return
+def _by_definition(tokenizer: Any, found: BatchEncoder, name_or_path: str) -> BatchEncoder:
+    """Return the encoder that tokenizer.json describes, with the added tokens that transformers knows besides."""
+    path = file_in(name_or_path, "tokenizer.json")
+    if path is None or not isinstance(found, BackendEncoder) or not is_rebuilt_by_class(tokenizer):
+        return found
     from tokenizers import Tokenizer
 
+    content = json.loads(path.read_bytes())
+    content["added_tokens"] = json.loads(found.backend.to_str())["added_tokens"]
     try:
-        stated_backend = Tokenizer.from_file(str(definition))
+        backend = Tokenizer.from_str(json.dumps(content))
     except Exception:  # the library raises no other; a class may do without what it does not understand
-        return
-    stated_backend.no_truncation()
-    stated_backend.no_padding()
-    stated = BackendEncoder(stated_backend)
-    texts = _texts_without_special_tokens(stated, found)
+        return found
+    backend.no_truncation()
+    backend.no_padding()
+    stated = BackendEncoder(backend)
+    texts = _texts_without_special_tokens(stated)
     difference = _first_difference(texts, found.encode(texts).to_lists(), stated.encode(texts).to_lists())
-    if difference:
-        LOGGER.warning(
-            f"tokenizer {name}: transformers' {type(tokenizer).__name__} has other ids than tokenizer.json ({difference}); "
-            'they are used. If tokenizer.json is right, set "tokenizer_class" in tokenizer_config.json to '
-            '"PreTrainedTokenizerFast"'
-        )
+    if not difference:
+        return found
+    LOGGER.warning(
+        f"tokenizer {name_or_path}: transformers' {type(tokenizer).__name__} does not do what tokenizer.json says "
+        f"({difference}); tokenizer.json's ids are used"
+    )
+    return stated
 
 
 def _sentencepiece(path: Path) -> SentencePieceEncoder | None:

@@ -10,15 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
-
-from megatron_let.data.hf_directory import (
-    end_of_document_id_of,
-    has_tokenizer_files,
-    load_auto_tokenizer,
-    token_to_id_of,
-)
-from megatron_let.errors import ConfigError
 
 _FORMAT = "megatron_let tokenizer 1"
 
@@ -41,44 +32,6 @@ def document_special_ids(*, eos: int | None, bos: int | None) -> dict[str, int |
     vocabulary the same whether its loader knows about bos or not.
     """
     return {"eos": eos, "bos": eos if bos is None else bos}
-
-
-def fingerprint_of_hf_tokenizer(tokenizer: object) -> str:
-    """Return the fingerprint of a loaded transformers tokenizer."""
-    eos = end_of_document_id_of(tokenizer)
-    bos = getattr(tokenizer, "bos_token_id", None)
-    return fingerprint_of(token_to_id_of(tokenizer), document_special_ids(eos=eos, bos=bos))
-
-
-def fingerprint_of_directory(path: str | Path) -> str | None:
-    """Return the fingerprint of the tokenizer in a Hugging Face directory, None when it holds no tokenizer.
-
-    Raises:
-        ConfigError: there are tokenizer files but they cannot be loaded.
-    """
-    if not has_tokenizer_files(path):
-        return None
-    return fingerprint_of_hf_tokenizer(load_auto_tokenizer(str(path)))
-
-
-def require_same_tokenizer(
-    *, data: str, data_fingerprint: str | None, teacher: str, teacher_fingerprint: str | None
-) -> bool:
-    """Return True when data and teacher are known to share a tokenizer, False when one of them is unknown.
-
-    `data` and `teacher` are the names that the message shows: a path and the tokenizer's name.
-
-    Raises:
-        ConfigError: both are known and differ.
-    """
-    if data_fingerprint is None or teacher_fingerprint is None:
-        return False
-    if data_fingerprint == teacher_fingerprint:
-        return True
-    raise ConfigError(
-        f"the student's data and the teacher use different tokenizers: {data} has {data_fingerprint[:12]}, "
-        f"{teacher} has {teacher_fingerprint[:12]}; preprocess the data with the teacher's tokenizer"
-    )
 
 
 def describe_difference(left: Mapping[str, int], right: Mapping[str, int]) -> str:

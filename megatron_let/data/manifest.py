@@ -92,6 +92,8 @@ class Manifest:
     bin_sha256: str = ""
     idx_sha256: str = ""
     """Of the two files; empty in manifests that did not know them."""
+    encoding_fingerprint: str | None = None
+    """What the tokenizer makes of texts, beside its vocabulary; None in manifests that did not know it."""
     tool_version: str = ""
     version: int = MANIFEST_VERSION
 
@@ -221,6 +223,7 @@ _RULES: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("bin_sha256", "idx_sha256", "shard_of"), _is_digest),
     "append_eod": lambda value: isinstance(value, bool),
     "tokenizer_fingerprint": _is_text_or_none,
+    "encoding_fingerprint": _is_text_or_none,
     "subset": _is_text_or_none,
     "sources": _are_sources,
     "skipped": _are_counts,

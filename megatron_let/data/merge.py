@@ -27,8 +27,9 @@ from megatron_let.data.manifest import (
 )
 from megatron_let.data.origin import made_now
 from megatron_let.data.sharding import require_whole_jobs
+from megatron_let.data.recorded_tokenizer import difference_of_manifests
 from megatron_let.errors import ConfigError, LetError
-from megatron_let.plain_json import shown
+from megatron_let.log import LOGGER
 
 _CHUNK_BYTES = 1 << 24
 
@@ -143,15 +144,35 @@ def _check_same(summaries: Sequence[IndexedSummary], manifests: Sequence[Manifes
         for summary, manifest in zip(summaries, manifests, strict=True)
         if manifest is not None
     ]
-    for prefix, manifest in known[1:]:
-        first_prefix, first = known[0]
-        for name in ("tokenizer_fingerprint", "vocab_size", "eod", "append_eod"):
-            ours, theirs = getattr(first, name), getattr(manifest, name)
-            if ours != theirs:
-                raise ConfigError(
-                    f"{first_prefix} and {prefix} differ in {name} ({shown(ours)} and {shown(theirs)}): one data set needs one "
-                    "tokenizer; give them to training as a blend, or preprocess one again"
-                )
+    silent = [
+        prefix
+        for prefix, manifest in known
+        if manifest.tokenizer_fingerprint and not manifest.encoding_fingerprint
+    ]
+    if silent:
+        LOGGER.warning(
+            f"{silent[0]} does not say how its tokenizer encodes: its vocabulary alone is compared"
+            f"{f' (and {len(silent) - 1} more)' if len(silent) > 1 else ''}"
+        )
+    telling = [pair for pair in known if pair[1].encoding_fingerprint]
+    for (first_prefix, first), (prefix, manifest) in (*_with_first(known), *_with_first(telling)):
+        difference = difference_of_manifests(first, manifest)
+        if difference:
+            raise ConfigError(
+                f"{first_prefix} and {prefix} differ in their tokenizers, {difference}; one data set needs one: "
+                "preprocess one of them again"
+            )
+        if first.append_eod != manifest.append_eod:
+            raise ConfigError(
+                f"{first_prefix} and {prefix} differ in append_eod ({first.append_eod} and {manifest.append_eod}): give "
+                "them to training as a blend, or preprocess one again"
+            )
+
+
+def _with_first(
+    known: Sequence[tuple[str, Manifest]],
+) -> list[tuple[tuple[str, Manifest], tuple[str, Manifest]]]:
+    return [(known[0], other) for other in known[1:]]
 
 
 def _refuse_copy(prefix: str, bin_sha256: str, seen: dict[str, str]) -> None:
@@ -223,6 +244,7 @@ def _merged_manifest(manifests: Sequence[Manifest], digests: tuple[str, str], co
         unread_examples += left_out.unread_examples
     sums = ("documents", "sequences", "tokens", "bytes", "records", "eod_in_text")
     names = {manifest.subset for manifest in manifests}
+    encodings = {manifest.encoding_fingerprint for manifest in manifests}
     keys = dict.fromkeys(manifest.json_key for manifest in manifests)
     return replace(
         manifests[0],
@@ -239,6 +261,7 @@ def _merged_manifest(manifests: Sequence[Manifest], digests: tuple[str, str], co
         made=made_now(command, libraries=()),
         subset=names.pop() if len(names) == 1 else None,
         subsets=dict(sorted(subsets.items())),
+        encoding_fingerprint=encodings.pop() if len(encodings) == 1 else None,
         bin_sha256=digests[0],
         idx_sha256=digests[1],
         tool_version=__version__,

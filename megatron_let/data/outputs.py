@@ -296,6 +296,7 @@ class Outputs:
             tokenizer_type=tokenizer.tokenizer_type,
             tokenizer_name=tokenizer.name,
             tokenizer_fingerprint=tokenizer.fingerprint,
+            encoding_fingerprint=tokenizer.encoding_fingerprint,
             vocab_size=tokenizer.vocab_size,
             eod=tokenizer.eod,
             append_eod=self._rules.append_eod,

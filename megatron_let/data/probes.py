@@ -23,6 +23,7 @@ _PLAIN_PROBES = (
     "\x0b\x0c\x1c\x1d\x1e\x1f vertical",
     "nul \x00 and \x00\x00 controls \x01\x02\x1b[0m\x7f",
     "0 1 12 123 1234 12345 1234567890 3.14159 1,000,000 1e-10 0x7fff 007 2024-02-30 12:34:56",
+    "a  1   22\t3\n  456 x7   8y  -9 {  10}\n\n    11",
     "\u0661\u0662\u0663 \u0967\u0968\u0969 \uff11\uff12\uff13 \u00bd\u00be \u2160\u2161 \u00b2\u00b3 \u2460",
     "CamelCaseWord snake_case_word SHOUTING miXed iPhone x86_64 a1b2c3 __init__ $var @name #tag",
     "!!! ??? ... ,,, ;;; ::: --- === *** /// \\\\\\ ((([[[{{{}}}]]])))<<<>>> && || ~~ `` ^^ %%",

@@ -21,7 +21,8 @@ from megatron_let.data.batch_encoders import (
     SentencePieceEncoder,
 )
 from megatron_let.data.directory_encoder import directory_encoder
-from megatron_let.data.fingerprint import document_special_ids, fingerprint_of, fingerprint_of_hf_tokenizer
+from megatron_let.data.fingerprint import document_special_ids
+from megatron_let.data.tokenizer_facts import TokenizerFacts, facts_of_hf_tokenizer
 from megatron_let.errors import ConfigError, MissingFilesError
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
@@ -47,8 +48,18 @@ class Tokenizer(ABC):
     """Id that ends a document."""
     pad: int
     """Id whose labels carry no loss, or -1."""
-    fingerprint: str | None
-    """See `fingerprint.py`; None for NullTokenizer, which has no vocabulary."""
+    facts: TokenizerFacts | None
+    """What it is compared by; None for NullTokenizer, which has no vocabulary."""
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Return the vocabulary's value, see `fingerprint.py`."""
+        return None if self.facts is None else self.facts.fingerprint
+
+    @property
+    def encoding_fingerprint(self) -> str | None:
+        """Return the encoding's value, see `encoding_fingerprint.py`."""
+        return None if self.facts is None else self.facts.encoding_fingerprint
 
     @abstractmethod
     def batch_encoder(self) -> BatchEncoder:
@@ -95,7 +106,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = _largest_id(hf_directory.token_to_id_of(self._tokenizer), self.name) + 1
         self.eod = _require_eod(hf_directory.end_of_document_id_of(self._tokenizer), self.name)
         self.pad = _pad_or_none(self._tokenizer.pad_token_id, self.eod)
-        self.fingerprint = fingerprint_of_hf_tokenizer(self._tokenizer)
+        self.facts = facts_of_hf_tokenizer(self._tokenizer, self._encoder)
 
     def batch_encoder(self) -> BatchEncoder:
         """See Tokenizer."""
@@ -119,7 +130,8 @@ class GPT2BPETokenizer(Tokenizer):
         self.vocab_size = _largest_id(token_to_id, self.name) + 1
         self.eod = self._backend.token_to_id(GPT2_END_OF_TEXT)
         self.pad = NO_PAD
-        self.fingerprint = fingerprint_of(token_to_id, document_special_ids(eos=self.eod, bos=self.eod))
+        special_ids = document_special_ids(eos=self.eod, bos=self.eod)
+        self.facts = TokenizerFacts(token_to_id, special_ids, BackendEncoder(self._backend))
 
     def batch_encoder(self) -> BatchEncoder:
         """See Tokenizer."""
@@ -143,7 +155,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.pad = _pad_or_none(_known(processor.pad_id()), self.eod)
         token_to_id = {processor.id_to_piece(index): index for index in range(self.vocab_size)}
         special_ids = document_special_ids(eos=self.eod, bos=_known(processor.bos_id()))
-        self.fingerprint = fingerprint_of(token_to_id, special_ids)
+        self.facts = TokenizerFacts(token_to_id, special_ids, self._encoder)
 
     def batch_encoder(self) -> BatchEncoder:
         """See Tokenizer."""
@@ -164,7 +176,7 @@ class NullTokenizer(Tokenizer):
         self.vocab_size = vocab_size + 1
         self.eod = vocab_size
         self.pad = NO_PAD
-        self.fingerprint = None
+        self.facts = None
 
     def batch_encoder(self) -> BatchEncoder:
         """See Tokenizer."""

@@ -11,6 +11,7 @@ from megatron_let.data.digests import sha256_of
 from megatron_let.data.index_tables import IndexTables, open_tables
 from megatron_let.data.indexed import IndexedSummary, check_indexed
 from megatron_let.data.manifest import Manifest, manifest_path, require_manifest_of, write_manifest
+from megatron_let.data.recorded_tokenizer import difference_from_manifest
 from megatron_let.data.table_checks import Check, check_tables
 from megatron_let.data.token_scan import Searched, TokenScan, scan_tokens
 from megatron_let.data.tokenizers import Tokenizer
@@ -191,10 +192,8 @@ def _check_tokenizer(manifest: Manifest, tokenizer: Tokenizer) -> Check:
     """Compare the tokenizer that was given with the one that made the data."""
     if manifest.tokenizer_fingerprint is None or tokenizer.fingerprint is None:
         return Check("tokenizer", note="not compared: one of the two has no vocabulary")
-    if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
-        return Check(
-            "tokenizer",
-            f"the data were made with {manifest.tokenizer_name} ({manifest.tokenizer_fingerprint[:12]}), not with "
-            f"{tokenizer.name} ({tokenizer.fingerprint[:12]})",
-        )
-    return Check("tokenizer", note=f"the data were made with {tokenizer.name}")
+    difference = difference_from_manifest(tokenizer, manifest)
+    if difference:
+        return Check("tokenizer", difference)
+    unknown = "" if manifest.encoding_fingerprint else "; its vocabulary alone is compared"
+    return Check("tokenizer", note=f"the data were made with {tokenizer.name}{unknown}")

@@ -19,8 +19,8 @@ from megatron_let.mcore.optimizer import build_lr_scheduler, build_optimizer
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.training.alignment import build_alignment
 from megatron_let.training.checkpoint_choice import check_same_model, choose_checkpoint, read_run
-from megatron_let.training.checkpoints import TokenizerRecord, load_checkpoint
-from megatron_let.training.data_checks import check_data
+from megatron_let.training.checkpoints import load_checkpoint
+from megatron_let.training.data_checks import check_data, record_of_tokenizer
 from megatron_let.training.data_needs import build_run_tokenizer, sample_counts, total_iterations
 from megatron_let.training.data_record import check_same_data, check_same_order, record_of_data, with_order
 from megatron_let.training.forward_step import ForwardStep
@@ -45,7 +45,7 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
     check_kernels(config, is_on_gpu=context.is_on_gpu)
     check_save_directory(config, context)
     tokenizer = context.together(lambda: build_run_tokenizer(config))
-    remembered = TokenizerRecord(tokenizer.vocab_size, tokenizer.fingerprint)
+    remembered = record_of_tokenizer(config, tokenizer, context)
     directory = choose_checkpoint(config, context)
     saved = None if directory is None else read_run(directory, context)
     if directory is not None and saved is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let.config.run_config import RunConfig
+from megatron_let.data.encoding_fingerprint import encode_otherwise
 from megatron_let.errors import ConfigError
 from megatron_let.log import LOGGER
 from megatron_let.mcore.checkpoint import ITERATION, RUN, SCHEDULER, load_common
@@ -136,10 +137,13 @@ def read_run(directory: Path, context: ParallelContext) -> dict[str, Any]:
     return {**common[RUN], SCHEDULER: common.get(SCHEDULER)}
 
 
-def tokenizer_fingerprint_of_checkpoint(directory: Path) -> str | None:
-    """Return the fingerprint of the tokenizer a checkpoint was trained with, or None when it does not say."""
-    fingerprint = load_common(directory).get(RUN, {}).get("tokenizer_fingerprint")
-    return None if fingerprint is None else str(fingerprint)
+def tokenizer_of_checkpoint(directory: Path) -> tuple[str, str | None] | None:
+    """Return the fingerprints of a checkpoint's tokenizer and of its encoding, None where it does not say."""
+    run = load_common(directory).get(RUN, {})
+    fingerprint, encoding = run.get("tokenizer_fingerprint"), run.get("encoding_fingerprint")
+    if fingerprint is None:
+        return None
+    return str(fingerprint), None if encoding is None else str(encoding)
 
 
 def check_same_model(
@@ -166,10 +170,30 @@ def check_same_model(
             f"checkpoint {directory} holds another model: {', '.join(differences)}; give its settings or another --load"
         )
     _say_other_padding(now, then, directory)
+    _check_same_tokenizer(config, tokenizer, run, directory)
+
+
+def _check_same_tokenizer(
+    config: RunConfig, tokenizer: TokenizerRecord, run: dict[str, Any], directory: Path
+) -> None:
     mine, theirs = tokenizer.fingerprint, run["tokenizer_fingerprint"]
-    if None in (mine, theirs) or mine == theirs:
+    if None in (mine, theirs):
         return
-    message = f"checkpoint {directory} was trained with another tokenizer ({shown(theirs[:12])}, now {str(mine)[:12]})"
+    encoding, saved_encoding = tokenizer.encoding_fingerprint, run.get("encoding_fingerprint")
+    if saved_encoding is None:
+        LOGGER.warning(
+            f"checkpoint {directory} does not say how its tokenizer encodes: its vocabulary alone is compared"
+        )
+    if mine != theirs:
+        what = f"was trained with another tokenizer ({shown(theirs[:12])}, now {str(mine)[:12]})"
+    elif encode_otherwise(encoding, saved_encoding):
+        what = (
+            "was trained on data whose tokenizer gives texts other ids, from the same vocabulary (encoding "
+            f"{shown(str(saved_encoding)[2:14])}, now {str(encoding)[2:14]})"
+        )
+    else:
+        return
+    message = f"checkpoint {directory} {what}"
     if not config.checkpoint.finetune:
         raise ConfigError(f"{message}; give its tokenizer, or --finetune to start anew from its weights")
     LOGGER.warning(message)

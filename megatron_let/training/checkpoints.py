@@ -23,6 +23,8 @@ class TokenizerRecord:
 
     vocab_size: int
     fingerprint: str | None
+    encoding_fingerprint: str | None = None
+    """Of the data, where their manifests say it; else the tokenizer's own."""
 
 
 def load_checkpoint(

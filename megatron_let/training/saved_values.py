@@ -13,6 +13,9 @@ def require_vocabulary(run: dict[str, Any]) -> None:
     """Raise KeyError or ValueError unless the vocabulary's size and the tokenizer are there."""
     require_value("vocab_size", run["vocab_size"], int)
     require_value("tokenizer_fingerprint", run["tokenizer_fingerprint"], str | None)
+    require_value(
+        "encoding_fingerprint", run.get("encoding_fingerprint"), str | None
+    )  # later than the others
 
 
 def incomplete(directory: Path, error: Exception) -> ConfigError:

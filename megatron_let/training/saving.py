@@ -105,6 +105,7 @@ class CheckpointSaver:
             "data": self._record.data_record.to_dict(),
             "vocab_size": self._record.tokenizer.vocab_size,
             "tokenizer_fingerprint": self._record.tokenizer.fingerprint,
+            "encoding_fingerprint": self._record.tokenizer.encoding_fingerprint,
         }
         for _ in self._on_rank_0(lambda: files.prepare_partial(self._root, iteration), iteration):
             time.sleep(_ASK_SECONDS[0])

@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_let.data.batch_encoders import BackendEncoder, SentencePieceEncoder
-from megatron_let.data.directory_encoder import directory_encoder
 from megatron_let.data.fast_encoder import choose_encoder
-from megatron_let.data.hf_directory import load_auto_tokenizer
 from megatron_let.data.tokenizers import HuggingFaceTokenizer
 from megatron_let.errors import ConfigError
 from megatron_let.optional import has_gigatoken
@@ -91,20 +89,23 @@ def test_words_that_were_added_to_the_model_are_not_lost_without_a_word(
         HuggingFaceTokenizer(path)
 
 
-def test_a_definition_that_its_class_does_not_follow_is_told(
+def test_what_a_class_leaves_out_of_tokenizer_json_is_done_all_the_same(
     backend: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from tokenizers import normalizers
+    """As with SmolLM2's, whose numerals stand alone and which calls itself a GPT2Tokenizer."""
+    from tokenizers import pre_tokenizers
 
-    altered = type(backend).from_str(backend.to_str())
-    altered.normalizer = normalizers.Lowercase()
-    write_tokenizer_directory(tmp_path, altered, tokenizer_class="GPT2Tokenizer")
-    tokenizer = load_auto_tokenizer(str(tmp_path))
-    encoder = directory_encoder(tokenizer, str(tmp_path))
-    expected = BackendEncoder(tokenizer.backend_tokenizer).encode(TEXTS).to_lists()
-    assert encoder.encode(TEXTS).to_lists() == expected
+    stated = type(backend).from_str(backend.to_str())
+    stated.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    write_tokenizer_directory(tmp_path, stated, tokenizer_class="GPT2Tokenizer", pad_token="<|pad|>")
+    tokenizer = HuggingFaceTokenizer(str(tmp_path))
+    texts = [*TEXTS, "a  1", "a<|endoftext|>b"]
+    assert [tokenizer.tokenize(text) for text in texts] == BackendEncoder(stated).encode(texts).to_lists()
+    assert tokenizer.tokenize("a<|pad|>")[-1] == tokenizer.pad  # known to tokenizer_config.json alone
     (record,) = caplog.records
-    assert "transformers' GPT2Tokenizer has other ids than tokenizer.json" in record.message
+    assert "transformers' GPT2Tokenizer does not do what tokenizer.json says" in record.message
 
 
 def test_a_definition_that_is_followed_is_no_matter_for_words(

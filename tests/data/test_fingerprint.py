@@ -10,16 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_let.data.fingerprint import (
-    describe_difference,
-    fingerprint_of,
-    fingerprint_of_directory,
-    require_same_tokenizer,
-)
+from megatron_let.data.fingerprint import describe_difference, fingerprint_of
+from megatron_let.data.tokenizer_facts import facts_of_directory
 from megatron_let.errors import ConfigError
 
 PINNED = "a5e3eb6fec2dafdfa0f003749eeac3f35f2327ec1be9cece22a7e1dae59d81a1"
 MAP = {"a": 0, "b": 1, "<eos>": 2}
+
+
+def fingerprint_of_directory(path: Path) -> str | None:
+    facts = facts_of_directory(path)
+    return None if facts is None else facts.fingerprint
 
 
 def test_the_order_of_the_maps_does_not_matter() -> None:
@@ -99,31 +100,6 @@ def test_a_directory_with_a_broken_tokenizer_is_an_error(tmp_path: Path) -> None
     (tmp_path / "tokenizer.json").write_text('{"cut off')
     with pytest.raises(ConfigError, match="cannot load the tokenizer in"):
         fingerprint_of_directory(tmp_path)
-
-
-def test_a_disagreement_names_both_sides() -> None:
-    with pytest.raises(ConfigError) as caught:
-        require_same_tokenizer(
-            data="data/pile (tokenizer A)",
-            data_fingerprint="1" * 64,
-            teacher="teacher B",
-            teacher_fingerprint="2" * 64,
-        )
-    message = str(caught.value)
-    assert "data/pile (tokenizer A)" in message
-    assert "teacher B" in message
-    assert "\n" not in message
-
-
-def test_agreement_is_true_and_an_unknown_side_is_not_an_error() -> None:
-    def compare(data: str | None, teacher: str | None) -> bool:
-        return require_same_tokenizer(
-            data="d", data_fingerprint=data, teacher="t", teacher_fingerprint=teacher
-        )
-
-    assert compare("1", "1")
-    assert not compare(None, "1")
-    assert not compare("1", None)
 
 
 def test_a_difference_is_described_by_its_first_token() -> None:

@@ -141,10 +141,13 @@ def test_lengths_that_add_up_beyond_32_bits_are_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer_fingerprint": "cd" * 32}, "differ in tokenizer_fingerprint"),
-        ({"eod": 5}, "differ in eod"),
+        (
+            {"tokenizer_fingerprint": "cd" * 32},
+            r"differ in their tokenizers, .*: tokenizer_fingerprint abababababab and cdcdcdcdcdcd; one",
+        ),
+        ({"eod": 5}, r"differ in their tokenizers, .*: eod \d+ and 5; one data set needs one"),
         ({"append_eod": False}, "differ in append_eod"),
-        ({"vocab_size": 401}, "differ in vocab_size"),
+        ({"vocab_size": 401}, r"differ in their tokenizers, .*: vocab_size 400 and 401"),
         ({"tokens": 99}, "belongs to other files"),
         ({"bin_sha256": "cd" * 32}, r"b\.bin is not the file that its manifest describes"),
     ],

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_let.data.digests import sha256_of
-from megatron_let.data.fingerprint import fingerprint_of_directory
 from megatron_let.data.indexed import check_indexed
 from megatron_let.data.manifest import Manifest, write_manifest
+from megatron_let.data.tokenizer_facts import TokenizerFacts, facts_of_directory
 from megatron_let.directory_lock import LOCK_FILE
 from megatron_let.errors import ConfigError
 from megatron_let.log import LOGGER
@@ -112,13 +112,20 @@ def write_word_tokenizer(directory: Path, words: list[str]) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def _facts(tokenizer: Path) -> TokenizerFacts:
+    facts = facts_of_directory(tokenizer)
+    assert facts is not None
+    return facts
+
+
 def write_manifest_for(prefix: Path, tokenizer: Path | None, **changes: Any) -> None:
     """Write the manifest of a data set made with the tokenizer in directory `tokenizer` (None: with none known)."""
     summary = check_indexed(str(prefix))
     values: dict[str, Any] = {
         "tokenizer_type": "HuggingFaceTokenizer",
         "tokenizer_name": str(tokenizer),
-        "tokenizer_fingerprint": None if tokenizer is None else fingerprint_of_directory(tokenizer),
+        "tokenizer_fingerprint": None if tokenizer is None else _facts(tokenizer).fingerprint,
+        "encoding_fingerprint": None if tokenizer is None else _facts(tokenizer).encoding_fingerprint,
         "vocab_size": 61,
         "eod": 60,
         "append_eod": True,

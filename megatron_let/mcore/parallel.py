@@ -257,10 +257,9 @@ def _require_same_settings(config: RunConfig) -> None:
 
     Where logs and index caches are may differ from machine to machine.
     """
-    mine = config.to_dict()
+    mine = {"program": _versions(), **config.to_dict()}
     mine["data"].pop("data_cache_path")
     mine.pop("logging")
-    mine["program"] = _versions()
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).digest()
     if len(set(_gathered(digest))) == 1:
         return
@@ -269,7 +268,7 @@ def _require_same_settings(config: RunConfig) -> None:
     for rank, other in enumerate(everyone):
         different = [
             f"{name} {other.get(section, {}).get(name)} (rank 0: {value})"
-            for section, values in reversed(everyone[0].items())
+            for section, values in everyone[0].items()
             for name, value in values.items()
             if other.get(section, {}).get(name) != value
         ]

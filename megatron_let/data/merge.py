@@ -26,8 +26,8 @@ from megatron_let.data.manifest import (
     write_manifest,
 )
 from megatron_let.data.origin import made_now
-from megatron_let.data.sharding import require_whole_jobs
 from megatron_let.data.recorded_tokenizer import difference_of_manifests
+from megatron_let.data.sharding import require_whole_jobs
 from megatron_let.errors import ConfigError, LetError
 from megatron_let.log import LOGGER
 

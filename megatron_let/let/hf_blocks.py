@@ -35,7 +35,7 @@ class BlockRunner:
             raise ConfigError(f"{self._name} never ran block {len(self._blocks)}: use its last layer")
         finally:
             hook.remove()
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, (tuple, list)) else output
 
     def check_order(self, tokens: Tensor) -> None:
         """Run `tokens` [n, l] once and see every block run once, in order.
@@ -108,7 +108,7 @@ def drop_blocks(model: Any, num_layers: int, kept: int) -> None:
     names = {each for each, _ in model.named_parameters(remove_duplicate=False)}
     names |= {each for each, _ in model.named_buffers(remove_duplicate=False)}
     # ties of what is gone; from_pretrained would look for them
-    for owner, prefix in ((model, ""), (body_of(model), _prefix_of_body(model))):
+    for owner, prefix in ((model, ""), (body_of(model), body_prefix(model))):
         owner.all_tied_weights_keys = {
             target: source
             for target, source in owner.all_tied_weights_keys.items()
@@ -116,10 +116,26 @@ def drop_blocks(model: Any, num_layers: int, kept: int) -> None:
         }
 
 
+def body_name(model: Any) -> str:
+    """Return the attribute under which a `transformers` model keeps its body; empty where it has no head."""
+    from transformers import PreTrainedModel
+
+    name = str(model.base_model_prefix)
+    if name in dict(model.named_children()):
+        return name
+    if model.get_output_embeddings() is None:
+        return ""
+    # some kinds name the prefix of a larger model that they are a part of
+    inner = [child for child, module in model.named_children() if isinstance(module, PreTrainedModel)]
+    return inner[0] if len(inner) == 1 else ""
+
+
 def body_of(model: Any) -> Any:
     """Return the body of a `transformers` model, which is the model itself where it has no head."""
-    return model.base_model
+    return model.get_submodule(body_name(model))
 
 
-def _prefix_of_body(model: Any) -> str:
-    return "" if body_of(model) is model else f"{model.base_model_prefix}."
+def body_prefix(model: Any) -> str:
+    """Return what the names of the body's weights begin with."""
+    name = body_name(model)
+    return f"{name}." if name else ""

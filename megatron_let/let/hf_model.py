@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_let.let.hf_blocks import body_of, drop_blocks, find_blocks
+from megatron_let.let.hf_blocks import body_of, body_prefix, drop_blocks, find_blocks
 from megatron_let.let.hf_files import config_error, quiet_transformers, stored_shapes
 
 LOAD_ERRORS = (
@@ -96,9 +96,8 @@ def _cut_kind(kind: type[Any], num_layers: int, kept: int) -> type[Any]:
 
 def _check_report(directory: Path, model: Any, report: dict[str, Any], kept: int | None) -> bool:
     """Refuse weights that leave the body unset or that it has no place for; return whether the head is set too."""
-    body, prefix = body_of(model), f"{model.base_model_prefix}."
     missing = sorted(report["missing_keys"])
-    in_body = [key for key in missing if body is model or key.startswith(prefix)]
+    in_body = [key for key in missing if key.startswith(body_prefix(model))]
     if in_body:
         raise config_error(
             directory,
@@ -111,16 +110,16 @@ def _check_report(directory: Path, model: Any, report: dict[str, Any], kept: int
         )
     surplus = sorted(key for key in report["unexpected_keys"] if _is_in_body(key, model, kept))
     if surplus:
-        shapes = {key.removeprefix(prefix): shape for key, shape in stored_shapes(directory).items()}
+        shapes = {_inner_name(key, model): shape for key, shape in stored_shapes(directory).items()}
         surplus = [
-            key for key in surplus if not is_old_buffer(f".{key}", shapes.get(key.removeprefix(prefix)))
+            key for key in surplus if not is_old_buffer(f".{key}", shapes.get(_inner_name(key, model)))
         ]
     if surplus:
         raise config_error(
             directory,
             f"holds {len(surplus)} weights that config.json gives no place, among them {surplus[0]}",
         )
-    return body is not model and not missing
+    return bool(body_prefix(model)) and not missing
 
 
 def is_old_buffer(name: str, shape: tuple[int, ...] | None) -> bool:
@@ -137,10 +136,8 @@ def is_old_buffer(name: str, shape: tuple[int, ...] | None) -> bool:
 
 def _is_in_body(key: str, model: Any, kept: int | None) -> bool:
     """Return whether an unused weight belongs to the body: not to a head, nor to a block left out on purpose."""
-    body, prefix = body_of(model), f"{model.base_model_prefix}."
-    name = key.removeprefix(prefix)
-    children = {child for child, _ in body.named_children()}
-    if not key.startswith(prefix) and name.split(".")[0] not in children:
+    body, name = body_of(model), _inner_name(key, model)
+    if name == key and name.split(".")[0] not in {child for child, _ in body.named_children()}:
         return False
     if kept is None:
         return True
@@ -148,3 +145,8 @@ def _is_in_body(key: str, model: Any, kept: int | None) -> bool:
     index = name.removeprefix(f"{block_list}.").split(".")[0]
     is_left_out = name.startswith(f"{block_list}.") and index.isdecimal() and int(index) >= kept
     return not is_left_out
+
+
+def _inner_name(key: str, model: Any) -> str:
+    """Return the name of a weight within the body; files may hold it with or without the body's prefix."""
+    return key.removeprefix(body_prefix(model) or f"{model.base_model_prefix}.")

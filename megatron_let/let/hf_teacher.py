@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron_let.let.hf_blocks import BlockRunner, body_of, drop_blocks, find_blocks
 from megatron_let.let.hf_files import check_safetensors, config_error, read_config
+from megatron_let.let.hf_head import HFHead
 from megatron_let.let.hf_model import LOAD_ERRORS, build_empty, load_model
 from megatron_let.let.hf_sizes import check_sizes
 from megatron_let.let.teacher import Teacher, check_layer
@@ -78,12 +79,15 @@ def load_hf_teacher(
     config = check_hf_teacher(directory, layer=layer, trust_remote_code=trust_remote_code)
     num_layers = config.num_hidden_layers
     middle_layer = layer if layer is not None and layer < num_layers else None
-    model, _ = load_model(directory, config, middle_layer, dtype=dtype, trust_remote_code=trust_remote_code)
+    model, has_head = load_model(
+        directory, config, middle_layer, dtype=dtype, trust_remote_code=trust_remote_code
+    )
     body = body_of(model)
     description = _describe(directory, body, layer or num_layers, num_layers)
     body.to(device)  # the device alone: rotary frequencies stay in fp32 whatever the weights' dtype
+    head = HFHead(model) if has_head and middle_layer is None else None
     try:
-        teacher = HFTeacher(body, middle_layer, description=description)
+        teacher = HFTeacher(body, middle_layer, description=description, head=head)
         trial = _trial_states(teacher)
     except RUN_ERRORS as error:
         raise config_error(directory, "cannot be run on token ids alone", error) from error
@@ -118,7 +122,9 @@ def empty_hf_teacher(
 class HFTeacher(Teacher):
     """A `transformers` body whose last hidden state, or the output of whose last built block, is the state."""
 
-    def __init__(self, body: nn.Module, middle_layer: int | None, *, description: str) -> None:
+    def __init__(
+        self, body: nn.Module, middle_layer: int | None, *, description: str, head: HFHead | None = None
+    ) -> None:
         """Freeze `body`; with `middle_layer` given, it is the number of blocks that are left of it.
 
         Raises:
@@ -127,6 +133,7 @@ class HFTeacher(Teacher):
         self._body = body.eval().requires_grad_(False)
         self._blocks = None if middle_layer is None else BlockRunner(body, find_blocks(body, middle_layer)[1])
         self._description = description
+        self._head = head
         config: Any = body.config
         self._context_length = _context_length(config)
         embedding: Any = body.get_input_embeddings()  # type: ignore[operator]
@@ -168,6 +175,10 @@ class HFTeacher(Teacher):
                 return self._blocks.states(tokens)
             states: Tensor = self._body(input_ids=tokens, use_cache=False).last_hidden_state
             return states
+
+    def take_lm_head(self) -> HFHead | None:
+        head, self._head = self._head, None
+        return head
 
     def to(self, device: torch.device | str) -> HFTeacher:
         self._body.to(device)

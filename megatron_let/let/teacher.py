@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_let.errors import ConfigError
+from megatron_let.let.own_loss import LmHead
 
 
 class Teacher(ABC):
@@ -48,6 +49,13 @@ class Teacher(ABC):
         right of a token does not change its state: rows of different length may be padded on the right with any
         valid id. l is at most `context_length`.
         """
+
+    def take_lm_head(self) -> LmHead | None:
+        """Return what makes logits of this teacher's states and let go of it: None the second time.
+
+        None, too, where there is none: states of a middle layer, weights without an LM head.
+        """
+        return None
 
     @abstractmethod
     def to(self, device: torch.device | str) -> Teacher:

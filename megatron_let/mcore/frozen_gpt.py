@@ -27,6 +27,7 @@ from megatron_let.mcore.transformer_config import build_transformer_config
 
 # The word embedding's name in a checkpoint; its first dimension is the padded vocabulary.
 _EMBEDDING = "embedding.word_embeddings.weight"
+_HEAD = "output_layer.weight"
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 
 
@@ -36,6 +37,7 @@ class FrozenGpt:
     def __init__(self, model: GPTModel, *, context_length: int | None, with_final_norm: bool) -> None:
         self.model = model
         self.context_length = context_length
+        self.has_last_states = with_final_norm
         self._decoder = model.decoder if with_final_norm else _without_final_norm(model)
 
     @property
@@ -94,6 +96,17 @@ def load_frozen_gpt(
     _fill(gpt.model, weights, directory)
     gpt.model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     return gpt
+
+
+def read_head(directory: Path) -> torch.Tensor:
+    """Return the weight [ids, h] of the LM head in a checkpoint, which is the embedding's where the two are one.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    stored = stored_entries(directory)
+    name = _HEAD if _HEAD in stored else _EMBEDDING
+    return read_tensors(directory, {name: stored[name]})[name]
 
 
 def build_frozen_gpt(

@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import random
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import megatron.core
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+import megatron_let
 from megatron_let.config.run_config import RunConfig
 from megatron_let.errors import ConfigError, LetError
 from megatron_let.mcore.stock_kernels import stock_kernels
@@ -254,24 +257,36 @@ def _require_same_settings(config: RunConfig) -> None:
 
     Where logs and index caches are may differ from machine to machine.
     """
-    mine = config.to_dict()
+    mine = {"program": _versions(), **config.to_dict()}
     mine["data"].pop("data_cache_path")
     mine.pop("logging")
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).digest()
     if len(set(_gathered(digest))) == 1:
         return
     everyone = _gathered(mine)
+    hosts = _gathered(socket.gethostname())
     for rank, other in enumerate(everyone):
         different = [
-            f"{name} {other[section][name]} (rank 0: {value})"
+            f"{name} {other.get(section, {}).get(name)} (rank 0: {value})"
             for section, values in everyone[0].items()
             for name, value in values.items()
-            if other[section][name] != value
+            if other.get(section, {}).get(name) != value
         ]
         if different:
             raise ConfigError(
-                f"rank {rank} was started with other settings than rank 0: {', '.join(different[:8])}; start all alike"
+                f"rank {rank} was started with other settings than rank 0: {', '.join(different[:8])} on "
+                f"{hosts[rank]}; start all alike, with the same software"
             )
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of what computes: another one on some rank gives other numbers there."""
+    return {
+        "megatron_let": megatron_let.__version__,
+        "torch": torch.__version__,
+        "megatron-core": megatron.core.__version__,
+        "numpy": np.__version__,
+    }
 
 
 def _gathered(value: Value) -> list[Value]:

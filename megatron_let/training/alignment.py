@@ -24,6 +24,7 @@ from megatron_let.mcore.layer_tap import LayerTap, find_layer
 from megatron_let.mcore.model import Student
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.training.let_record import LetRecord
+from megatron_let.training.teacher_loss import TeacherLoss
 from megatron_let.training.teachers import load_teacher
 
 
@@ -89,10 +90,12 @@ class Alignment:
         is_sequence_parallel: bool,
         calculate_per_token_loss: bool,
         is_watched: bool = False,
+        tells_own_loss: bool = True,
         all_reduce_sum: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         """Put the tap on layer k, if it is here; `is_watched`: keep `norms` of what the teacher brings.
 
+        `tells_own_loss`: say after the first iteration how well the teacher itself predicts.
         `all_reduce_sum` adds up what `collect` returns, by default over all ranks.
         """
         self.objective = objective
@@ -110,6 +113,7 @@ class Alignment:
         self._loss_scale: float | torch.Tensor = 1.0
         self._is_training = False
         self.is_released = False
+        self._first_loss = TeacherLoss.none(context.device) if tells_own_loss else None
         owner = find_layer(student.gpt_chunks, objective.student_layer)
         self.owner_chunk = None if owner is None else owner[0]
         self._tap: LayerTap[AlignmentTarget] | None = None
@@ -129,7 +133,15 @@ class Alignment:
         self.norms.clear()
 
     def end_iteration(self) -> None:
-        """Check that every microbatch met its gradient, and let evaluation pass untouched."""
+        """Check that every microbatch met its gradient, and let evaluation pass untouched.
+
+        After the first one the teacher's own loss is added up, by one all-reduce of three numbers, and told.
+        """
+        if self._is_training and self._first_loss is not None:
+            total = TeacherLoss(self._all_reduce_sum(self._first_loss.numbers))
+            if self._context.tp_rank == self._context.cp_rank == self._context.dp_rank == 0:
+                total.tell()
+            self._first_loss = None
         self._is_training = False
         if self._tap is not None:
             self._tap.check_drained()
@@ -148,7 +160,19 @@ class Alignment:
         assert batch is not None, "the stage that owns layer k reads the data"
         assert self.teacher is not None, "the owner stage holds the teacher"
         states = segment_states(self.teacher, batch.full_tokens, batch.document_starts)  # [b, s, d_t]
+        self._measure(states, batch.full_tokens)
         self._tap.push(self._target(batch, states))
+
+    def _measure(self, states: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Take the teacher's own loss of the first microbatch, once, and let its LM head go.
+
+        Ranks that share a microbatch leave it to the first of them.
+        """
+        assert self.teacher is not None, "it gave the states"
+        head = self.teacher.take_lm_head()
+        if head is None or self._context.tp_rank or self._context.cp_rank:
+            return
+        self._first_loss = TeacherLoss.measure(head, states, tokens, self.teacher.vocab_size)
 
     def _target(self, batch: AlignedRows, states: torch.Tensor) -> AlignmentTarget:
         context = self._context

@@ -25,6 +25,7 @@ from megatron_let.training.data_needs import build_run_tokenizer, sample_counts,
 from megatron_let.training.data_record import check_same_data, check_same_order, record_of_data, with_order
 from megatron_let.training.forward_step import ForwardStep
 from megatron_let.training.let_record import record_of_run
+from megatron_let.training.node_agreement import check_nodes, check_order_on_nodes
 from megatron_let.training.report import build_reporter
 from megatron_let.training.resolved import resolved_choices
 from megatron_let.training.save_directory import check_save_directory
@@ -56,10 +57,19 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
     is_guided = let_record is not None and let_record.schedule().is_active_at(start.iteration)
     needs_teacher = is_guided and not config.validation.skip_train
     check_data(config, tokenizer, context, needs_teacher=needs_teacher)
+    check_nodes(
+        config,
+        context,
+        tokenizer=tokenizer,
+        teacher=let_record if needs_teacher else None,
+        checkpoint=directory,
+    )
     data_record = record_of_data(config, context)
     context.together(lambda: check_same_data(config, data_record, saved, directory))
     counts = usable_counts(config, sample_counts(config, end, start), context)
     data = build_datasets(config, tokenizer, counts, context)
+    data_record = with_order(data_record, data)
+    check_order_on_nodes(context, data_record)
     context.together(lambda: check_same_order(config, data, saved, directory))
     divisor = config.model.make_vocab_size_divisible_by
     padded = padded_vocab_size(tokenizer.vocab_size, divisor, context.tp_size)
@@ -74,7 +84,7 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
         alignment = build_alignment(config, context, student, let_record)
     choices = resolved_choices(config, context, student, let_record)
     LOGGER.info(" | ".join(choices))
-    record = RunRecord(let_record, with_order(data_record, data), choices, remembered)
+    record = RunRecord(let_record, data_record, choices, remembered)
     saver = build_saver(config, context, parts, record, started_from=state.iteration)
     run = Run(
         config=config,

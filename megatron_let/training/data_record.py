@@ -74,13 +74,17 @@ def _record(config: RunConfig) -> DataRecord:
     return DataRecord(
         settings={f"--{name.replace('_', '-')}": sections[section][name] for section, name in _SETTINGS},
         weights=weights and [round(weight / sum(weights), 12) for weight in weights],
-        files=[_fingerprint(part.prefix) for part in split_parts(config)["training"]],
+        files=[data_fingerprint(part.prefix) for part in split_parts(config)["training"]],
         order=[],
     )
 
 
-def _fingerprint(prefix: str) -> str:
-    """Return a digest of a data set: lengths, and the ids by the manifest's checksum or evenly spaced samples."""
+def data_fingerprint(prefix: str) -> str:
+    """Return a digest of a data set: lengths, and the ids by the manifest's checksum or evenly spaced samples.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
     digest = hashlib.sha256(data_identity(prefix).encode())
     manifest = read_manifest(prefix)
     if manifest is not None and manifest.bin_sha256:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from megatron_let.config.run_config import RunConfig
 from megatron_let.errors import ConfigError
 from megatron_let.let import Teacher
+from megatron_let.let.own_loss import LmHead
 from megatron_let.let.teacher import check_layer
 from megatron_let.mcore.checkpoint import RUN, load_common
-from megatron_let.mcore.frozen_gpt import FrozenGpt, load_frozen_gpt
+from megatron_let.mcore.frozen_gpt import FrozenGpt, load_frozen_gpt, read_head
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.mcore.settings import CORE_SECTIONS
 from megatron_let.plain_json import fits, shown
@@ -24,10 +26,19 @@ from megatron_let.training.saved_values import incomplete, require_vocabulary
 class MegatronTeacher(Teacher):
     """The un-sharded body of a checkpointed GPT."""
 
-    def __init__(self, gpt: FrozenGpt, *, vocab_size: int, description: str) -> None:
+    def __init__(
+        self,
+        gpt: FrozenGpt,
+        *,
+        vocab_size: int,
+        description: str,
+        read_head: Callable[[], torch.Tensor] | None = None,
+    ) -> None:
+        """`read_head` gives the LM head's weight [ids, h], read when it is needed and not before."""
         self._gpt = gpt
         self._vocab_size = vocab_size
         self._description = description
+        self._read_head = read_head
 
     @property
     def hidden_size(self) -> int:
@@ -52,6 +63,14 @@ class MegatronTeacher(Teacher):
     def states(self, tokens: torch.Tensor) -> torch.Tensor:
         """See Teacher."""
         return self._gpt.states(tokens)
+
+    def take_lm_head(self) -> LmHead | None:
+        """See Teacher."""
+        read, self._read_head = self._read_head, None
+        if read is None:
+            return None
+        weight = read()[: self._vocab_size]  # ids that are padding have no probability
+        return lambda states, tokens: functional.linear(states, weight.to(states.device, states.dtype))
 
     def to(self, device: torch.device | str) -> MegatronTeacher:
         """See Teacher."""
@@ -98,7 +117,12 @@ def load_megatron_teacher(
     directory, run = check_megatron_teacher(path, layer=layer)
     gpt = load_frozen_gpt(directory, run["config"], layer=layer, dtype=dtype, device=context.device)
     shown = f"{directory} (layer {layer or 'last'}, width {gpt.hidden_size})"
-    teacher = MegatronTeacher(gpt, vocab_size=int(run["vocab_size"]), description=shown)
+    teacher = MegatronTeacher(
+        gpt,
+        vocab_size=int(run["vocab_size"]),
+        description=shown,
+        read_head=(lambda: read_head(directory)) if gpt.has_last_states else None,
+    )
     if teacher.vocab_size > gpt.num_ids:
         raise ConfigError(
             f"teacher checkpoint {directory} says that it knows {teacher.vocab_size} ids and embeds {gpt.num_ids}"

@@ -181,6 +181,7 @@ def _with_teacher(
         teacher,
         is_sequence_parallel=student.core_config.sequence_parallel,
         calculate_per_token_loss=config.transformer.calculate_per_token_loss,
+        tells_own_loss=False,
     )
     with patch.object(alignment, "prepare", _counted(alignment, flight)):
         guided = _trace(run, config, context, student, alignment)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from megatron_let.directory_lock import LOCK_WAIT_SECONDS, DirectoryLock, lock_directory
-from megatron_let.errors import EXIT_CRASH, EXIT_DONE, ConfigError, LetError
+from megatron_let.errors import EXIT_CRASH, EXIT_DONE, ConfigError, LetError, ProblemsError
 from megatron_let.exit_status import (
     FailureRecord,
     announce_save_directory,
@@ -241,7 +241,7 @@ def _flush() -> None:
 
 def _one_line(error: BaseException) -> str:
     """Return an error's message without line breaks."""
-    return " ".join(str(error).split())
+    return " ".join(str(error).replace(ProblemsError.SEPARATOR, " | ").split())
 
 
 def _rank() -> int:

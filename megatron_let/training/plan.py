@@ -19,7 +19,7 @@ from megatron_let.config.derive import resolve
 from megatron_let.config.run_config import RunConfig
 from megatron_let.config.validate import problems
 from megatron_let.data.indexed import count_tokens
-from megatron_let.errors import ConfigError, MissingFilesError
+from megatron_let.errors import ConfigError, MissingFilesError, ProblemsError
 from megatron_let.mcore.datasets import blend_weights, split_parts
 from megatron_let.mcore.transformer_config import compute_dtype
 from megatron_let.planning.flops import GPUS, Gpu, gpu_of, training_flops_per_token
@@ -57,18 +57,11 @@ NOT_PLANNED = (
 )
 
 
-class PlanProblemsError(ConfigError):
-    """All that keeps a run from starting, one line each."""
-
-    def __init__(self, lines: Sequence[str]) -> None:
-        super().__init__("\nerror: ".join(lines))
-
-
 def make_plan(config: RunConfig, settings: PlanSettings) -> RunPlan:
     """Return what the run will cost.
 
     Raises:
-        ConfigError: it could not start as it is; a PlanProblemsError holds all that is wrong.
+        ConfigError: it could not start as it is; a ProblemsError holds all that is wrong.
     """
     vocab_size, gpu, warnings = _check(config, settings)
     config = resolve(config, settings.world_size, ANYWHERE)
@@ -101,7 +94,7 @@ def make_plan(config: RunConfig, settings: PlanSettings) -> RunPlan:
 
 
 def _check(config: RunConfig, settings: PlanSettings) -> tuple[int, Gpu, list[str]]:
-    """Return vocabulary, GPU and warnings, or raise PlanProblemsError with all that is wrong."""
+    """Return vocabulary, GPU and warnings, or raise ProblemsError with all that is wrong."""
     found: list[str] = []
     warnings: list[str] = []
 
@@ -127,7 +120,7 @@ def _check(config: RunConfig, settings: PlanSettings) -> tuple[int, Gpu, list[st
             "student and teacher must use the same tokenizer"
         )
     if found or vocab_size is None or gpu is None:
-        raise PlanProblemsError(found)
+        raise ProblemsError(found)
     return vocab_size, gpu, warnings
 
 

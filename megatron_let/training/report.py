@@ -15,13 +15,12 @@ from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.planning.flops import peak_flops, training_flops_per_token
 from megatron_let.training.alignment import AlignmentReport
 from megatron_let.training.bad_numbers import StepOutcome
+from megatron_let.training.dashboards import open_dashboards
 from megatron_let.training.metrics import (
     JsonLines,
     Sink,
-    TensorBoard,
     TrainingRow,
     ValidationRow,
-    WeightsAndBiases,
     format_training_row,
     format_validation_row,
 )
@@ -176,11 +175,7 @@ class Reporter:
 
 def _sinks(config: RunConfig, resumed_iteration: int, total_iterations: int) -> list[Sink]:
     """Open what the rows go to; the file of an earlier part of the run is touched last, when nothing else can fail."""
-    sinks: list[Sink] = []
-    if config.logging.tensorboard_dir is not None:
-        sinks.append(TensorBoard(config.logging.tensorboard_dir))
-    if config.logging.wandb_project is not None:
-        sinks.append(WeightsAndBiases(config.logging, config.to_dict()))
+    sinks: list[Sink] = [*open_dashboards(config, resumed_iteration)]
     if config.checkpoint.save is not None:
         is_trained = config.validation.skip_train or resumed_iteration >= total_iterations
         directory = Path(config.checkpoint.save)

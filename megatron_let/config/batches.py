@@ -121,9 +121,8 @@ class BatchPlan:
             iterations += 1
         return iterations + max(0, samples - consumed) // self.full
 
-    def samples_of_iterations(self, iterations: int) -> int:
-        """Return the sequences consumed by the first `iterations` iterations."""
-        consumed = 0
+    def samples_of_iterations(self, iterations: int, consumed: int = 0) -> int:
+        """Return the sequences consumed after `iterations` more iterations."""
         for done in range(iterations):
             if self.rampup is None or consumed > self.rampup[2]:
                 return consumed + (iterations - done) * self.full

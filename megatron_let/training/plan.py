@@ -46,6 +46,7 @@ DEFAULT_MFU = 0.4
 # Share of a GPU's memory from which on a warning is due: what a plan leaves out takes the rest.
 FULL = 0.9
 
+MANY_EPOCHS = 40
 GIB = 2**30
 
 Value = TypeVar("Value")
@@ -258,6 +259,7 @@ def _data_plan(config: RunConfig, world_size: int, warnings: list[str]) -> DataP
             usable_counts_alone(config, counts)
         except ConfigError as problem:
             warnings.append(f"data: {problem}")
+    warnings += _repetition_warnings(epochs["training"])
     return DataPlan(needed, present, epochs, is_made_up=config.data.mock_data)
 
 
@@ -299,6 +301,15 @@ def _teacher_warnings(teacher: TeacherPlan | None) -> list[str]:
         f"layer k = {teacher.student_layer} is on {where}: "
         f"{slowdown[teacher.share] - 1:+.0%} time an iteration until S_stop (work shared over the tensor-parallel ranks "
         f"{slowdown['tensor'] - 1:+.0%}{planned})"
+    ]
+
+
+def _repetition_warnings(epochs: float | None) -> list[str]:
+    if epochs is None or epochs <= MANY_EPOCHS:
+        return []
+    return [
+        f"a training data set is read {epochs:,.0f} times; beyond some {MANY_EPOCHS} repetitions teach next to nothing (arXiv "
+        "2305.16264): give more data, another weight, or a shorter run"
     ]
 
 

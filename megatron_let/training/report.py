@@ -118,6 +118,7 @@ class Reporter:
         learning_rate: float,
         loss_scale: float,
         total_iterations: int,
+        samples_left: int,
     ) -> None:
         """Report one logged iteration; all ranks bring the same reduced numbers."""
         if self.context.rank != 0:
@@ -147,7 +148,7 @@ class Reporter:
             mfu=None if self.peak is None else flops / self.peak,
             elapsed_seconds=state.elapsed_seconds,
         )
-        eta = (total_iterations - state.iteration) * totals.seconds / totals.iterations
+        eta = samples_left * totals.seconds / totals.samples  # iterations of a ramp-up grow
         LOGGER.info(format_training_row(row, train_iters=total_iterations, eta_seconds=eta))
         for sink in self.sinks:
             sink.write(row)

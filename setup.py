@@ -24,7 +24,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_let", "megatron_let.*"]),
     install_requires=[
-        "torch>=2.13",
+        "torch>=2.13.0a0",  # a container calls its build between two releases 2.13.0a0+...nv...
         "megatron-core==0.16.1",
         "psutil",
         "numpy",

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from megatron_let.directory_lock import LOCK_WAIT_SECONDS, DirectoryLock, lock_directory, lock_file_of
-from megatron_let.errors import EXIT_CRASH, EXIT_DONE, ConfigError, LetError
+from megatron_let.errors import EXIT_CRASH, EXIT_DONE, ConfigError, LetError, ProblemsError
 from megatron_let.exit_status import (
     EXIT_STATUS_FILE,
     FailureRecord,
@@ -264,7 +264,7 @@ def _flush() -> bool:
 
 def _one_line(error: BaseException) -> str:
     """Return an error's message without line breaks."""
-    return " ".join(str(error).split())
+    return " ".join(str(error).replace(ProblemsError.SEPARATOR, " | ").split())
 
 
 def _lock_file(directory: str) -> tuple[int, int] | None:

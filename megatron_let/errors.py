@@ -6,6 +6,8 @@ Exit codes of a run: 0 done, 1 crash, 2 bad configuration or input, 3 stopped ea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 EXIT_DONE = 0
 EXIT_CRASH = 1
 EXIT_BAD_CONFIGURATION = 2
@@ -23,6 +25,23 @@ class ConfigError(LetError):
     """The user's mistake: one line that says what was given, what is allowed and what to do."""
 
     exit_code = EXIT_BAD_CONFIGURATION
+
+
+class ProblemsError(ConfigError):
+    """All that keeps a run from starting: more than one mistake, told at once."""
+
+    SEPARATOR = "\nerror: "
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__(self.SEPARATOR.join(lines))
+
+
+def raise_all(problems: Sequence[ConfigError]) -> None:
+    """Raise what was found, together when it is more than one; return when it is nothing."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise ProblemsError([str(problem) for problem in problems])
 
 
 class MissingFilesError(ConfigError):

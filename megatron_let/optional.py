@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
+from pathlib import Path
+
+
+def megatron_core_here() -> tuple[str, Path] | None:
+    """Return the version ("" where it does not say) and the directory of the megatron-core that would be imported.
+
+    Without importing it, which fails in its own ways where another version is first on the path. None: there is none.
+    """
+    try:
+        spec = find_spec("megatron.core")
+    except ModuleNotFoundError:
+        return None
+    if spec is None or spec.origin is None:
+        return None
+    directory = Path(spec.origin).parent
+    try:
+        text = (directory / "package_info.py").read_text(encoding="utf-8")
+    except OSError:
+        return "", directory
+    parts = [re.search(rf"^{name} = (\d+)", text, re.MULTILINE) for name in ("MAJOR", "MINOR", "PATCH")]
+    return ".".join(part[1] for part in parts if part is not None), directory
 
 
 def has_transformer_engine() -> bool:

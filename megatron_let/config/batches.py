@@ -51,6 +51,27 @@ def pipeline_units(config: RunConfig) -> int:
     return units + transformer.account_for_loss_in_pipeline_split
 
 
+def layers_of_chunks(config: RunConfig) -> list[int]:
+    """Return how many layers each model chunk has, in the order of the layers; a stage is one chunk without virtual stages.
+
+    For settings that the rules on pipelines have passed.
+    """
+    transformer, chunks = config.transformer, virtual_pipeline_size(config) or 1
+    stages = transformer.pipeline_model_parallel_size
+    first, last = (
+        transformer.num_layers_in_first_pipeline_stage,
+        transformer.num_layers_in_last_pipeline_stage,
+    )
+    between = stages - (first is not None) - (last is not None)
+    even = (pipeline_units(config) - (first or 0) - (last or 0)) // max(1, between)
+    per_stage = [even] * stages
+    per_stage[0], per_stage[-1] = first or per_stage[0], last or per_stage[-1]
+    found = [layers // chunks for _ in range(chunks) for layers in per_stage]
+    found[0] -= transformer.account_for_embedding_in_pipeline_split
+    found[-1] -= transformer.account_for_loss_in_pipeline_split
+    return found
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """Global batch size as a function of the sequences already consumed (Megatron-LM's batch ramp-up).
@@ -100,9 +121,8 @@ class BatchPlan:
             iterations += 1
         return iterations + max(0, samples - consumed) // self.full
 
-    def samples_of_iterations(self, iterations: int) -> int:
-        """Return the sequences consumed by the first `iterations` iterations."""
-        consumed = 0
+    def samples_of_iterations(self, iterations: int, consumed: int = 0) -> int:
+        """Return the sequences consumed after `iterations` more iterations."""
         for done in range(iterations):
             if self.rampup is None or consumed > self.rampup[2]:
                 return consumed + (iterations - done) * self.full

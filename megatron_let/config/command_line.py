@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from megatron_let.config.old_flags import advice_on
 from megatron_let.config.setting import Setting
 from megatron_let.config.values import value_from_words, value_from_yaml
 from megatron_let.errors import ConfigError
@@ -18,6 +19,8 @@ from megatron_let.plain_json import is_name, shown
 
 _NUMBER = re.compile(r"-(\d|\.\d)")
 _LONGEST_NAME = 100
+_NEAR = 0.75
+"""Share of a misspelled name that must be that of a known one. At a half, half of the known flags resemble another."""
 
 
 class Occurrence(NamedTuple):
@@ -57,29 +60,45 @@ def _require_text(argument: str, flag: str) -> None:
         raise ConfigError(f"{where}{argument!a} is not UTF-8 text; rename the path") from problem
 
 
-def values_of_occurrences(occurrences: Iterable[Occurrence], settings: Sequence[Setting]) -> dict[str, Any]:
-    """Return dest -> value for flags of the table; of a flag given twice the last counts."""
+def values_of_occurrences(
+    occurrences: Iterable[Occurrence], settings: Sequence[Setting], problems: list[ConfigError]
+) -> dict[str, Any]:
+    """Return dest -> value for flags of the table; of a flag given twice the last counts. `problems` gets what is wrong."""
     by_flag = {flag: setting for setting in settings for flag in setting.spellings}
-    return {by_flag[flag].dest: value_from_words(by_flag[flag], flag, words) for flag, words in occurrences}
+    found: dict[str, Any] = {}
+    for flag, words in occurrences:
+        try:
+            found[by_flag[flag].dest] = value_from_words(by_flag[flag], flag, words)
+        except ConfigError as problem:
+            problems.append(problem)
+    return found
 
 
-def values_of_mapping(mapping: dict[str, Any], settings: Sequence[Setting]) -> dict[str, Any]:
-    """Return dest -> value for keys of a config file: a dest or a flag's spelling, with - or _."""
+def values_of_mapping(
+    mapping: dict[str, Any], settings: Sequence[Setting], problems: list[ConfigError]
+) -> dict[str, Any]:
+    """Do the same for keys of a config file: a dest or a flag's spelling, with - or _."""
     by_key = {flag[2:].replace("-", "_"): setting for setting in settings for flag in setting.flags}
     by_key.update({setting.dest: setting for setting in settings if setting.flags})
     found: dict[str, Any] = {}
     for key, value in mapping.items():
-        setting = by_key.get(key.replace("-", "_"))
-        if setting is None:
-            raise ConfigError(
-                f"unknown name {shown(key)} in the config file{nearest(key.replace('-', '_'), by_key)}"
-            )
-        if setting.dest in found:
-            raise ConfigError(
-                f"{key} in the config file sets {setting.dest} a second time; leave one of them"
-            )
-        found[setting.dest] = value_from_yaml(setting, key, value)
+        try:
+            setting = _setting_of_key(key, by_key, found)
+            found[setting.dest] = value_from_yaml(setting, key, value)
+        except ConfigError as problem:
+            problems.append(problem)
     return found
+
+
+def _setting_of_key(key: str, by_key: dict[str, Setting], found: dict[str, Any]) -> Setting:
+    """Return the setting that a key of the file names, if it is known and new."""
+    setting = by_key.get(key.replace("-", "_"))
+    if setting is None:
+        advice = advice_on(f"--{key.replace('_', '-')}") or nearest(key.replace("-", "_"), by_key)
+        raise ConfigError(f"unknown name {shown(key)} in the config file{advice}")
+    if setting.dest in found:
+        raise ConfigError(f"{key} in the config file sets {setting.dest} a second time; leave one of them")
+    return setting
 
 
 def occurrence_of_yaml(key: str, value: Any) -> Occurrence:
@@ -166,7 +185,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean X?" for the known name nearest to `name`, or nothing when none is near."""
-    matches = difflib.get_close_matches(name[:_LONGEST_NAME], list(known), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name[:_LONGEST_NAME], list(known), n=1, cutoff=_NEAR)
     return f"; did you mean {matches[0]}?" if matches else ""
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_let.config.batches import batch_plan, virtual_pipeline_size
-from megatron_let.config.checks.rules import Packages
+from megatron_let.config.checks.rules import Packages, given
 from megatron_let.config.run_config import RunConfig
 from megatron_let.config.validate import validate
 
@@ -21,6 +21,7 @@ DEFAULT_SPLIT = "969,30,1"
 def derive(config: RunConfig, *, warn: Callable[[str], None]) -> RunConfig:
     """Return `config` with what follows from the settings alone; `warn` is told what was turned off."""
     config = _derive_old_spellings(config)
+    config = _derive_recompute(config, warn)
     config = _derive_shapes(config)
     config = _derive_precision(config)
     config = _derive_parallelism(config, warn)
@@ -52,6 +53,17 @@ def _derive_old_spellings(config: RunConfig) -> RunConfig:
     if tokenizer.tokenizer_type is None and tokenizer.vocab_file and tokenizer.merge_file:
         config = _replace(config, "tokenizer", tokenizer_type="GPT2BPETokenizer")
     return config
+
+
+def _derive_recompute(config: RunConfig, warn: Callable[[str], None]) -> RunConfig:
+    """Leave out how to recompute where nothing is to be recomputed, as Megatron-LM does."""
+    transformer = config.transformer
+    if transformer.recompute_granularity is not None:
+        return config
+    idle = given(transformer, "recompute_method", "recompute_num_layers")
+    if idle:
+        warn(f"{', '.join(idle)} has no effect without --recompute-granularity full")
+    return _replace(config, "transformer", recompute_method=None, recompute_num_layers=None)
 
 
 def _derive_shapes(config: RunConfig) -> RunConfig:

@@ -132,6 +132,79 @@ WITHOUT_EFFECT: tuple[FlagFamily, ...] = (
         --inference-wandb-logging --no-inference-wandb-logging --inference-coordinator-port= --flash-decode
         --inference-rng-tracker --inference-fuse-tp-communication --symmetric-ar-type= --mlp-chunks-for-prefill=""",
     ),
+    FlagFamily(
+        "Experts",
+        "it only shapes a mixture of experts, and there is none",
+        """--expert-tensor-parallel-size= --moe-layer-freq= --moe-upcycling-granularity= --moe-ffn-hidden-size=
+        --moe-shared-expert-intermediate-size= --moe-shared-expert-gate --moe-shared-expert-overlap
+        --moe-router-load-balancing-type= --moe-router-topk= --moe-router-num-groups= --moe-router-group-topk=
+        --moe-router-pre-softmax --moe-router-topk-scaling-factor= --moe-router-score-function=
+        --moe-router-dtype= --moe-router-enable-expert-bias --moe-router-bias-update-rate=
+        --moe-router-force-load-balancing --moe-router-padding-for-quantization --moe-router-padding-for-fp8
+        --moe-router-fusion --moe-enable-routing-replay --moe-aux-loss-coeff= --moe-z-loss-coeff=
+        --moe-input-jitter-eps= --moe-grouped-gemm --moe-use-legacy-grouped-gemm --moe-token-dispatcher-type=
+        --moe-enable-deepep --moe-flex-dispatcher-backend= --moe-deepep-num-sms= --moe-hybridep-num-sms=
+        --moe-per-layer-logging --moe-expert-capacity-factor= --moe-pad-expert-input-to-capacity
+        --moe-token-drop-policy= --moe-permute-fusion --moe-apply-probs-on-input --moe-latent-size=
+        --moe-pad-experts-for-cuda-graph-inference""",
+    ),
+    FlagFamily(
+        "Of features that are off",
+        "it belongs to a feature that is off unless another flag turns it on",
+        """--mtp-loss-scaling-factor= --q-lora-rank= --kv-lora-rank= --qk-head-dim= --qk-pos-emb-head-dim=
+        --v-head-dim= --rotary-scaling-factor= --mscale= --mscale-all-dim= --cache-mla-latents
+        --dsa-indexer-n-heads= --dsa-indexer-head-dim= --dsa-indexer-topk= --dsa-indexer-loss-coeff=
+        --dsa-indexer-use-sparse-loss --linear-attention-freq= --linear-conv-kernel-dim= --linear-key-head-dim=
+        --linear-value-head-dim= --linear-num-key-heads= --linear-num-value-heads= --window-attn-skip-freq=
+        --qk-clip-alpha= --qk-clip-threshold= --relative-attention-num-buckets=
+        --relative-attention-max-distance= --mamba-state-dim= --mamba-head-dim= --mamba-num-groups=
+        --mamba-num-heads= --disable-mamba-mem-eff-path --fp4-recipe= --kitchen-attention-backend=
+        --muon-momentum= --muon-no-split-qkv --muon-use-nesterov --muon-scale-mode= --muon-fp32-matmul-prec=
+        --muon-num-ns-steps= --muon-tp-mode= --muon-extra-scale-factor= --optimizer-offload-fraction=
+        --overlap-cpu-optimizer-d2h-h2d --no-pin-cpu-grads --no-pin-cpu-params --offload-modules=
+        --min-offloaded-tensor-size= --torch-fsdp2-no-reshard-after-forward --suggested-communication-unit-size=
+        --fim-rate= --fim-spm-rate= --fim-split-sample= --fim-fragment-rate= --fim-no-prefix=
+        --fim-prefix-token= --fim-middle-token= --fim-suffix-token= --fim-pad-token= --fim-eod-token=
+        --sft-tokenizer-prompt-format= --non-persistent-local-ckpt-algo= --replication-jump=
+        --replication-factor= --error-injection-type=""",
+    ),
+    FlagFamily(
+        "Other programs",
+        "it belongs to other models or other training, and pretraining a GPT does not read it",
+        """--num-classes= --img-h= --img-w= --num-channels= --patch-dim= --classes-fraction=
+        --data-per-class-fraction= --no-data-sharding --head-lr-mult= --vision-pretraining-type=
+        --vision-backbone-type= --swin-backbone-type= --mask-type= --mask-factor= --iter-per-epoch=
+        --dino-local-img-size= --dino-local-crops-number= --dino-head-hidden-size= --dino-bottleneck-size=
+        --dino-freeze-last-layer= --dino-norm-last-layer --dino-warmup-teacher-temp= --dino-teacher-temp=
+        --dino-warmup-teacher-temp-epochs= --bert-no-binary-head --mask-prob= --short-seq-prob= --ict-head-size=
+        --biencoder-projection-dim= --biencoder-shared-query-context-model --titles-data-path=
+        --query-in-block-prob= --use-one-sent-docs --evidence-data-path= --retriever-report-topk-accuracies=
+        --retriever-score-scaling --block-data-path= --embedding-path= --indexer-batch-size=
+        --indexer-log-interval= --output-bert-embeddings --bert-embedder-type= --rl-prompts-per-eval=
+        --grpo-prompts-per-step= --grpo-group-size= --grpo-iterations= --grpo-clamp-eps-lower=
+        --grpo-clamp-eps-upper= --grpo-kl-beta= --grpo-entropy-term-weight=
+        --grpo-filter-groups-with-same-reward --langrl-inference-server-type=
+        --langrl-inference-server-conversation-template= --langrl-external-server --no-langrl-external-server
+        --langrl-env-config= --rl-default-temperature= --rl-default-top-p= --rl-default-top-k=
+        --rl-offload-optimizer-during-inference --rl-offload-kv-cache-during-training
+        --no-rl-offload-kv-cache-during-training --rl-remove-kv-cache-during-training
+        --no-rl-remove-kv-cache-during-training --rl-reset-cuda-graphs --no-rl-reset-cuda-graphs
+        --rl-partial-rollouts --no-rl-partial-rollouts --rl-inference-logprobs-is-correction
+        --no-rl-inference-logprobs-is-correction --rl-importance-sampling-truncation-coef=
+        --rl-use-sequence-packing --no-rl-use-sequence-packing --rl-sequence-packing-max-sequences-per-bin=
+        --rl-sequence-packing-algo= --rl-training-cuda-graphs --no-rl-training-cuda-graphs
+        --rl-inference-tensor-model-parallel-size= --rl-inference-pipeline-model-parallel-size=
+        --rl-inference-expert-model-parallel-size= --rl-inference-expert-tensor-model-parallel-size=
+        --rl-inference-model-unified-memory-level= --rl-offload-inference-model-weights-when-idle
+        --no-rl-offload-inference-model-weights-when-idle --refit-method= --rl-verify-model-weights-swap
+        --no-rl-verify-model-weights-swap --rl-parallel-generation-tasks= --rl-skip-bos-token
+        --no-rl-skip-bos-token""",
+    ),
+    FlagFamily(
+        "Fit of checkpoints",
+        "a checkpoint always has to fit the model, tensor by tensor",
+        """--dist-ckpt-strictness=""",
+    ),
 )
 
 REFUSED: tuple[FlagFamily, ...] = (
@@ -164,46 +237,30 @@ REFUSED: tuple[FlagFamily, ...] = (
     FlagFamily(
         "Mixture of experts",
         "mixture of experts is not supported",
-        """--num-experts=0 --expert-model-parallel-size=1 --expert-tensor-parallel-size=1 --moe-extended-tp
-        --overlap-moe-expert-parallel-comm --ep-overlap-early-attn-memory-release --use-fused-weighted-squared-relu
-        --moe-layer-freq= --moe-use-upcycling --moe-upcycling-granularity= --moe-ffn-hidden-size=
-        --moe-shared-expert-intermediate-size= --moe-shared-expert-gate --moe-shared-expert-overlap
-        --moe-router-load-balancing-type= --moe-router-topk= --moe-router-num-groups= --moe-router-group-topk=
-        --moe-router-pre-softmax --moe-router-topk-scaling-factor= --moe-router-score-function= --moe-router-dtype=
-        --moe-router-enable-expert-bias --moe-router-bias-update-rate= --moe-router-force-load-balancing
-        --moe-router-padding-for-quantization --moe-router-padding-for-fp8 --moe-router-fusion
-        --moe-enable-routing-replay --moe-aux-loss-coeff= --moe-z-loss-coeff= --moe-input-jitter-eps=
-        --moe-grouped-gemm --moe-use-legacy-grouped-gemm --moe-token-dispatcher-type= --moe-enable-deepep
-        --moe-flex-dispatcher-backend= --moe-deepep-num-sms= --moe-hybridep-num-sms= --moe-per-layer-logging
-        --moe-expert-capacity-factor= --moe-pad-expert-input-to-capacity --moe-token-drop-policy=
-        --moe-layer-recompute --moe-permute-fusion --moe-apply-probs-on-input --moe-latent-size=
-        --moe-pad-experts-for-cuda-graph-inference""",
+        """--num-experts=0 --expert-model-parallel-size=1 --moe-extended-tp --overlap-moe-expert-parallel-comm
+        --ep-overlap-early-attn-memory-release --use-fused-weighted-squared-relu --moe-use-upcycling
+        --moe-layer-recompute""",
     ),
     FlagFamily(
         "Multi-token prediction",
         "multi-token prediction is not supported",
-        "--mtp-num-layers= --mtp-loss-scaling-factor= --mtp-standalone",
+        "--mtp-num-layers= --mtp-standalone",
     ),
     FlagFamily(
         "Multi-latent attention",
         "multi-latent attention is not supported; use --group-query-attention",
-        """--multi-latent-attention --q-lora-rank= --kv-lora-rank= --qk-head-dim= --qk-pos-emb-head-dim= --v-head-dim=
-        --rotary-scaling-factor=1.0 --mscale=1.0 --mscale-all-dim=0.0 --cache-mla-latents""",
+        "--multi-latent-attention",
     ),
     FlagFamily(
         "Other attention",
         "only causal softmax attention over the whole sequence is supported",
-        """--experimental-attention-variant= --dsa-indexer-n-heads= --dsa-indexer-head-dim= --dsa-indexer-topk=
-        --dsa-indexer-loss-coeff= --dsa-indexer-use-sparse-loss --linear-attention-freq= --linear-conv-kernel-dim=
-        --linear-key-head-dim= --linear-value-head-dim= --linear-num-key-heads= --linear-num-value-heads=
-        --window-size= --window-attn-skip-freq= --softmax-type=vanilla --attention-output-gate
-        --qk-l2-norm --qk-clip --qk-clip-alpha= --qk-clip-threshold= --batch-invariant-mode""",
+        """--experimental-attention-variant= --window-size= --softmax-type=vanilla --attention-output-gate
+        --qk-l2-norm --qk-clip --batch-invariant-mode""",
     ),
     FlagFamily(
         "Other positions",
         "positions are learned, rotary on every layer, or none",
-        """--rope-type=rope --no-rope-freq= --mrope-section= --relative-attention-num-buckets=
-        --relative-attention-max-distance=""",
+        "--rope-type=rope --no-rope-freq= --mrope-section=",
     ),
     FlagFamily(
         "Other layers",
@@ -215,8 +272,8 @@ REFUSED: tuple[FlagFamily, ...] = (
         "Hybrid and other models",
         "only GPT models of megatron-core with equal layers are supported",
         """--use-legacy-models --spec= --is-hybrid-model --hybrid-attention-ratio=0.0 --hybrid-mlp-ratio=0.0
-        --hybrid-override-pattern= --mamba-state-dim= --mamba-head-dim= --mamba-num-groups= --mamba-num-heads=
-        --disable-mamba-mem-eff-path --heterogeneous-layers-config-path= --heterogeneous-layers-config-encoded-json=""",
+        --hybrid-override-pattern= --heterogeneous-layers-config-path=
+        --heterogeneous-layers-config-encoded-json=""",
     ),
     FlagFamily(
         "Other initialisation",
@@ -226,9 +283,9 @@ REFUSED: tuple[FlagFamily, ...] = (
     FlagFamily(
         "FP4 and other number types",
         "fp32, fp16, bf16 and Transformer Engine's FP8 recipes are supported",
-        """--fp4-format= --fp4-recipe= --fp4-param-gather --fp4-quantizer-factory= --fp8-quantizer-factory=
-        --te-precision-config-file= --use-kitchen-attention --kitchen-attention-backend= --kitchen-config-file=
-        --kitchen-recipe-number= --fp16-lm-cross-entropy""",
+        """--fp4-format= --fp4-param-gather --fp4-quantizer-factory= --fp8-quantizer-factory=
+        --te-precision-config-file= --use-kitchen-attention --kitchen-config-file= --kitchen-recipe-number=
+        --fp16-lm-cross-entropy""",
     ),
     FlagFamily(
         "Low-precision optimizer",
@@ -237,27 +294,19 @@ REFUSED: tuple[FlagFamily, ...] = (
         --exp-avg-sq-dtype=fp32""",
     ),
     FlagFamily(
-        "Muon",
-        "the optimizers are adam and sgd",
-        """--muon-momentum= --muon-no-split-qkv --muon-use-nesterov --muon-scale-mode= --muon-fp32-matmul-prec=
-        --muon-num-ns-steps= --muon-tp-mode= --muon-extra-scale-factor=""",
-    ),
-    FlagFamily(
         "Offloading to the CPU",
         "nothing is offloaded, so the run would need more memory than you expect; use --recompute-granularity or "
         "--use-distributed-optimizer",
-        """--optimizer-cpu-offload --optimizer-offload-fraction= --use-torch-optimizer-for-cpu-offload
-        --overlap-cpu-optimizer-d2h-h2d --no-pin-cpu-grads --no-pin-cpu-params --cpu-offloading-num-layers=0
-        --fine-grained-activation-offloading --offload-modules= --min-offloaded-tensor-size=""",
+        """--optimizer-cpu-offload --use-torch-optimizer-for-cpu-offload --cpu-offloading-num-layers=0
+        --fine-grained-activation-offloading""",
     ),
     FlagFamily(
         "FSDP",
         "FSDP is not supported; use --use-distributed-optimizer",
         """--use-megatron-fsdp --data-parallel-sharding-strategy=no_shard --outer-dp-sharding-strategy=no_shard
         --no-gradient-reduce-div-fusion --fsdp-double-buffer --fsdp-manual-registration
-        --suggested-communication-unit-size= --keep-fp8-transpose-cache --enable-full-sharding-in-hsdp
-        --init-model-with-meta-device --use-torch-fsdp2 --torch-fsdp2-no-reshard-after-forward
-        --no-strict-fsdp-dtensor-load --disable-strict-fsdp-dtensor-load""",
+        --keep-fp8-transpose-cache --enable-full-sharding-in-hsdp --init-model-with-meta-device
+        --use-torch-fsdp2 --no-strict-fsdp-dtensor-load --disable-strict-fsdp-dtensor-load""",
     ),
     FlagFamily(
         "Other layouts",
@@ -274,10 +323,7 @@ REFUSED: tuple[FlagFamily, ...] = (
         "Other data",
         "data are .bin/.idx files on a file system, read once in order",
         """--dataloader-type=single --phase-transition-iterations= --mid-level-dataset-surplus=0.005
-        --allow-ambiguous-pad-tokens --object-storage-cache-path= --sample-rate=1.0
-        --fim-data --fim-rate= --fim-spm-rate= --fim-split-sample= --fim-fragment-rate= --fim-no-prefix=
-        --fim-prefix-token= --fim-middle-token= --fim-suffix-token= --fim-pad-token= --fim-eod-token=
-        --sft --sft-tokenizer-prompt-format=""",
+        --allow-ambiguous-pad-tokens --object-storage-cache-path= --sample-rate=1.0 --fim-data --sft""",
     ),
     FlagFamily(
         "Other token ids",
@@ -294,55 +340,19 @@ REFUSED: tuple[FlagFamily, ...] = (
         "Other checkpoints",
         "checkpoints are torch_dist directories under --save, loaded whole and written at --save-interval",
         """--non-persistent-save-interval= --non-persistent-ckpt-type= --non-persistent-global-ckpt-dir=
-        --non-persistent-local-ckpt-dir= --non-persistent-local-ckpt-algo= --replication --replication-jump=
-        --replication-factor= --ckpt-convert-format= --ckpt-convert-save= --ckpt-convert-update-legacy-dist-opt-format
-        --dist-ckpt-format=torch_dist
-        --load-main-params-from-ckpt --dist-ckpt-save-pre-mcore-014 --dist-ckpt-strictness=assume_ok_unexpected
-        --save-wgrads-interval= --save-dgrads-interval=""",
+        --non-persistent-local-ckpt-dir= --replication --ckpt-convert-format= --ckpt-convert-save=
+        --ckpt-convert-update-legacy-dist-opt-format --dist-ckpt-format=torch_dist --load-main-params-from-ckpt
+        --dist-ckpt-save-pre-mcore-014 --save-wgrads-interval= --save-dgrads-interval=""",
     ),
     FlagFamily(
         "Error injection",
         "no errors are injected",
-        "--error-injection-rate=0 --error-injection-type=",
+        "--error-injection-rate=0",
     ),
     FlagFamily(
-        "BERT, T5 and retrieval",
+        "Other models and other training",
         "only GPT pretraining is supported",
-        """--bert-no-binary-head --mask-prob= --short-seq-prob= --ict-head-size= --biencoder-projection-dim=
-        --biencoder-shared-query-context-model --ict-load= --bert-load= --titles-data-path= --query-in-block-prob=
-        --use-one-sent-docs --evidence-data-path= --retriever-report-topk-accuracies= --retriever-score-scaling
-        --block-data-path= --embedding-path= --indexer-batch-size= --indexer-log-interval= --output-bert-embeddings
-        --bert-embedder-type=""",
-    ),
-    FlagFamily(
-        "Vision",
-        "only GPT pretraining is supported",
-        """--num-classes= --img-h= --img-w= --num-channels= --patch-dim= --classes-fraction= --data-per-class-fraction=
-        --no-data-sharding --head-lr-mult= --vision-pretraining --vision-pretraining-type= --vision-backbone-type=
-        --swin-backbone-type= --mask-type= --mask-factor= --iter-per-epoch= --dino-local-img-size=
-        --dino-local-crops-number= --dino-head-hidden-size= --dino-bottleneck-size= --dino-freeze-last-layer=
-        --dino-norm-last-layer --dino-warmup-teacher-temp= --dino-teacher-temp= --dino-warmup-teacher-temp-epochs=""",
-    ),
-    FlagFamily(
-        "Reinforcement learning",
-        "only pretraining is supported",
-        """--perform-rl-step --rl-prompts-per-eval= --grpo-prompts-per-step= --grpo-group-size= --grpo-iterations=
-        --grpo-clamp-eps-lower= --grpo-clamp-eps-upper= --grpo-kl-beta= --grpo-entropy-term-weight=
-        --grpo-filter-groups-with-same-reward --langrl-inference-server-type=
-        --langrl-inference-server-conversation-template= --langrl-external-server --no-langrl-external-server
-        --langrl-env-config= --rl-default-temperature= --rl-default-top-p= --rl-default-top-k=
-        --rl-offload-optimizer-during-inference --rl-offload-kv-cache-during-training
-        --no-rl-offload-kv-cache-during-training --rl-remove-kv-cache-during-training
-        --no-rl-remove-kv-cache-during-training --rl-reset-cuda-graphs --no-rl-reset-cuda-graphs
-        --rl-partial-rollouts --no-rl-partial-rollouts --rl-inference-logprobs-is-correction
-        --no-rl-inference-logprobs-is-correction --rl-importance-sampling-truncation-coef= --rl-use-sequence-packing
-        --no-rl-use-sequence-packing --rl-sequence-packing-max-sequences-per-bin= --rl-sequence-packing-algo=
-        --rl-training-cuda-graphs --no-rl-training-cuda-graphs --rl-inference-tensor-model-parallel-size=
-        --rl-inference-pipeline-model-parallel-size= --rl-inference-expert-model-parallel-size=
-        --rl-inference-expert-tensor-model-parallel-size= --rl-inference-model-unified-memory-level=
-        --rl-offload-inference-model-weights-when-idle --no-rl-offload-inference-model-weights-when-idle
-        --refit-method= --rl-verify-model-weights-swap --no-rl-verify-model-weights-swap
-        --rl-parallel-generation-tasks= --rl-skip-bos-token --no-rl-skip-bos-token""",
+        "--ict-load= --bert-load= --vision-pretraining --perform-rl-step",
     ),
 )
 

@@ -69,6 +69,7 @@ def _rules(config: RunConfig, world_size: int, packages: Packages) -> list[_Rule
         ("tensor", lambda: layout.check_tensor_parallel(config), ""),
         ("context", lambda: layout.check_context_parallel(config), ""),
         ("pipeline", lambda: layout.check_pipeline(config), ""),
+        ("units", lambda: layout.check_recompute_units(config), "recompute pipeline"),
         ("data", lambda: layout.check_data_parallel(config), ""),
         ("length", lambda: training.check_length(config), ""),
         ("batches", lambda: training.check_batches(config, world_size), "ranks"),

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from megatron_let.config.checks.rules import flag_of, require
 from megatron_let.config.run_config import RunConfig
 from megatron_let.log import LOGGER
@@ -20,10 +22,27 @@ def check_kernels(config: RunConfig, *, is_on_gpu: bool) -> None:
         ConfigError: a kernel or number type was asked for by name and cannot be had.
     """
     _check_fusions(config, is_on_gpu=is_on_gpu)
+    if is_on_gpu:
+        _check_connections(config)
     if uses_transformer_engine(config, is_on_gpu=is_on_gpu):
         _check_transformer_engine(config)
     else:
         _check_stock_layers(config, is_on_gpu=is_on_gpu)
+
+
+def _check_connections(config: RunConfig) -> None:
+    """Warn where kernels and messages that are to overlap may reach the GPU in another order than they were given.
+
+    From compute capability 10 on it does not matter (as in Megatron-LM, which refuses to start).
+    """
+    transformer, number = config.transformer, os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
+    ranks = transformer.tensor_model_parallel_size * transformer.context_parallel_size
+    if ranks == 1 or number == "1" or torch.cuda.get_device_capability()[0] >= 10:
+        return
+    LOGGER.warning(
+        "tensor and context parallelism overlap communication with computation only with CUDA_DEVICE_MAX_CONNECTIONS=1 in "
+        f"the environment, and it is {'not set' if number is None else number}; export it before the launch"
+    )
 
 
 def _check_fusions(config: RunConfig, *, is_on_gpu: bool) -> None:

@@ -20,6 +20,8 @@ from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_s
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_let.mcore.recompute import mended_recompute
+
 _CORE_CROSS_ENTROPY = tensor_parallel.vocab_parallel_cross_entropy
 _CORE_ROTATION = rope_utils._apply_rotary_pos_emb_bshd
 
@@ -31,7 +33,10 @@ def stock_kernels(*, is_on_gpu: bool | None = None) -> Iterator[None]:
     Kernels of Transformer Engine or apex, where megatron-core found them, stay in use. `is_on_gpu`: for which device;
     by default that of this machine.
     """
-    replacements: list[tuple[Any, str, Any]] = [(rope_utils, "_apply_rotary_pos_emb_bshd", rotate_positions)]
+    replacements: list[tuple[Any, str, Any]] = [
+        (rope_utils, "_apply_rotary_pos_emb_bshd", rotate_positions),
+        *mended_recompute(),
+    ]
     if not (torch.cuda.is_available() if is_on_gpu is None else is_on_gpu):
         replacements += [
             (layers, "_grad_accum_fusion_available", True),

@@ -38,7 +38,20 @@ class Tracer(TorchDispatchMode):
         self.live_bytes = 0
         self.peak_bytes = 0
         self.flops = 0.0
-        self._known: set[int] = set()
+        self._known: dict[int, int] = {}
+        """Storage -> bytes that it counts."""
+        self._resizes = patch.object(torch.UntypedStorage, "resize_", self._resizing())
+
+    def __enter__(self) -> Tracer:
+        """Begin to count."""
+        self._resizes.start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        """Stop counting."""
+        self._resizes.stop()
+        super().__exit__(*problem)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation, and count its result and its FLOPs.
@@ -64,15 +77,29 @@ class Tracer(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
             return
-        self._known.add(key)
-        size = size if is_counted else 0
-        self.live_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._forget, key, size)
+        self._known[key] = 0
+        if is_counted:
+            self._grow(key, size)
+        weakref.finalize(storage, self._forget, key)
 
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live_bytes -= size
+    def _grow(self, key: int, size: int) -> None:
+        self.live_bytes += size - self._known[key]
+        self._known[key] = size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _forget(self, key: int) -> None:
+        self.live_bytes -= self._known.pop(key)
+
+    def _resizing(self) -> Callable[[torch.UntypedStorage, int], Any]:
+        """Return what stands for a storage's `resize_`, by which megatron-core discards outputs that it will recompute."""
+        resize = torch.UntypedStorage.resize_
+
+        def count_and_resize(storage: torch.UntypedStorage, size: int) -> Any:
+            if storage._cdata in self._known:
+                self._grow(storage._cdata, size)
+            return resize(storage, size)
+
+        return count_and_resize
 
     def attend(
         self,

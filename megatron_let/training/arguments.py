@@ -24,9 +24,11 @@ from megatron_let.config.command_line import (
 from megatron_let.config.data_files import with_data_files
 from megatron_let.config.derive import derive, resolve
 from megatron_let.config.megatron_flags import REFUSED, WITHOUT_EFFECT, family_of, is_foreign
+from megatron_let.config.old_flags import advice_on
 from megatron_let.config.run_config import RunConfig, all_settings
 from megatron_let.config.setting import Setting
-from megatron_let.errors import ConfigError
+from megatron_let.config.validate import problems
+from megatron_let.errors import ConfigError, raise_all
 from megatron_let.log import LOGGER
 from megatron_let.mcore.settings import CORE_SECTIONS
 from megatron_let.plain_json import shown
@@ -55,9 +57,17 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
     """Return the settings that a command line (without the program's name) and its --config file give.
 
     What follows from them is filled in; `config.derive.resolve` then checks them for a number of ranks. Prints and
-    exits 0 for --help and --version. Raises ConfigError: a flag or name that is unknown or refused, a value of the
-    wrong type, a file that cannot be read.
+    exits 0 for --help and --version. Raises ConfigError: flags or names that are unknown or refused, values of the
+    wrong type, all of them at once; a file that cannot be read.
     """
+    config, found = _read(argv)
+    raise_all(found)
+    return config
+
+
+def _read(argv: Sequence[str]) -> tuple[RunConfig, list[ConfigError]]:
+    """Return the settings, those that were given wrongly left at their defaults, and all that is wrong with what was given."""
+    found: list[ConfigError] = []
     settings = all_settings(CORE_SECTIONS)
     occurrences = split_words(argv)
     _answer_questions(occurrences, settings)
@@ -66,24 +76,31 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
     foreign += [
         occurrence_of_yaml(key, value) for key, value in from_file.items() if _is_foreign_line(key, value)
     ]
-    _judge_foreign(foreign)
+    _judge_foreign(foreign, found)
     values = {setting.dest: setting.default for setting in settings}
     own_lines = {key: value for key, value in from_file.items() if not is_foreign(_flag(key))}
-    typed = _values_of_flags([item for item in occurrences if not is_foreign(item.flag)], settings)
+    typed = _values_of_flags([item for item in occurrences if not is_foreign(item.flag)], settings, found)
     replaced = {name for group in ALTERNATIVES if typed.keys() & group for name in group}
-    in_file = values_of_mapping(own_lines, settings)
+    in_file = values_of_mapping(own_lines, settings, found)
     values.update({name: value for name, value in in_file.items() if name not in replaced})
     values.update(typed)
-    return derive(RunConfig.from_values(with_data_files(values), CORE_SECTIONS), warn=LOGGER.warning)
+    try:
+        values = with_data_files(values)
+    except ConfigError as problem:
+        found.append(problem)
+    return derive(RunConfig.from_values(values, CORE_SECTIONS), warn=LOGGER.warning), found
 
 
 def settings_of_run(argv: Sequence[str]) -> RunConfig:
     """Return the settings of a run on as many ranks as the launcher has started, checked.
 
     Raises:
-        ConfigError: as parse_arguments, or such a run cannot start.
+        ConfigError: as parse_arguments, or such a run cannot start; all that is wrong at once.
     """
-    return resolve(parse_arguments(argv), int(os.environ.get("WORLD_SIZE", "1")))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    config, found = _read(argv)
+    raise_all([*found, *problems(config, world_size)])
+    return resolve(config, world_size)
 
 
 def save_directory_of(argv: Sequence[str]) -> str | None:
@@ -131,32 +148,37 @@ def _file_content(occurrences: Iterable[Occurrence]) -> dict[str, Any]:
     return read_yaml(given[0][0])
 
 
-def _values_of_flags(occurrences: Iterable[Occurrence], settings: Sequence[Setting]) -> dict[str, Any]:
-    """Return dest -> value for the flags typed."""
+def _values_of_flags(
+    occurrences: Iterable[Occurrence], settings: Sequence[Setting], problems: list[ConfigError]
+) -> dict[str, Any]:
+    """Return dest -> value for the flags typed; `problems` gets what is wrong with them."""
     known = {flag for setting in settings for flag in setting.spellings}
     ours = [occurrence for occurrence in occurrences if occurrence.flag not in _OWN_FLAGS]
-    for flag in (occurrence.flag for occurrence in ours):
+    for flag in dict.fromkeys(occurrence.flag for occurrence in ours):
         if flag not in known:
-            raise ConfigError(f"unknown flag {flag}{nearest(flag, known | set(_OWN_FLAGS))}")
-    return values_of_occurrences(ours, settings)
+            advice = advice_on(flag) or nearest(flag, known | set(_OWN_FLAGS))
+            problems.append(ConfigError(f"unknown flag {flag}{advice}"))
+    return values_of_occurrences([item for item in ours if item.flag in known], settings, problems)
 
 
-def _judge_foreign(foreign: Iterable[Occurrence]) -> None:
-    """Warn once about each of Megatron-LM's flags that have no effect here; raise ConfigError for a refused one.
+def _judge_foreign(foreign: Iterable[Occurrence], problems: list[ConfigError]) -> None:
+    """Warn once about each of Megatron-LM's flags that have no effect here; `problems` gets each that is refused.
 
     A refused flag passes when its value is what happens here anyway.
     """
     warnings: dict[str, str] = {}
+    refusals: dict[str, str] = {}
     for flag, words in foreign:
         refused, ignored = family_of(flag, REFUSED), family_of(flag, WITHOUT_EFFECT)
         if refused is not None:
             harmless = refused.entries()[flag]
             if not harmless or words != (harmless,):
-                raise ConfigError(f"{flag} is not supported: {refused.reason}")
+                refusals[flag] = f"{flag} is not supported: {refused.reason}"
         elif ignored is not None:
             if words and ignored.entries()[flag] is None:
-                raise ConfigError(f"{flag} is a switch and takes no value, got {shown(' '.join(words))}")
+                refusals[flag] = f"{flag} is a switch and takes no value, got {shown(' '.join(words))}"
             warnings[flag] = f"{flag} has no effect: {ignored.reason}"
+    problems += map(ConfigError, refusals.values())
     for warning in warnings.values():
         LOGGER.warning(warning)
 

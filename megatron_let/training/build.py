@@ -6,13 +6,15 @@ come before the expensive parts are built.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from megatron_let.config.batches import batch_plan, padded_vocab_size
 from megatron_let.config.run_config import RunConfig
+from megatron_let.data.tokenizers import Tokenizer
 from megatron_let.log import LOGGER
 from megatron_let.mcore.checkpoint import Parts
-from megatron_let.mcore.datasets import build_datasets
+from megatron_let.mcore.datasets import DataSplits, SampleCounts, build_datasets
 from megatron_let.mcore.kernel_checks import check_kernels
 from megatron_let.mcore.model import build_student
 from megatron_let.mcore.optimizer import build_lr_scheduler, build_optimizer
@@ -22,7 +24,13 @@ from megatron_let.training.checkpoint_choice import check_same_model, choose_che
 from megatron_let.training.checkpoints import load_checkpoint
 from megatron_let.training.data_checks import check_data, record_of_tokenizer
 from megatron_let.training.data_needs import build_run_tokenizer, sample_counts, total_iterations
-from megatron_let.training.data_record import check_same_data, check_same_order, record_of_data, with_order
+from megatron_let.training.data_record import (
+    DataRecord,
+    check_same_data,
+    check_same_order,
+    record_of_data,
+    with_order,
+)
 from megatron_let.training.forward_step import ForwardStep
 from megatron_let.training.let_record import record_of_run
 from megatron_let.training.node_agreement import check_nodes, check_order_on_nodes
@@ -64,13 +72,9 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
         teacher=let_record if needs_teacher else None,
         checkpoint=directory,
     )
-    data_record = record_of_data(config, context)
-    context.together(lambda: check_same_data(config, data_record, saved, directory))
-    counts = usable_counts(config, sample_counts(config, end, start), context)
-    data = build_datasets(config, tokenizer, counts, context)
-    data_record = with_order(data_record, data)
-    check_order_on_nodes(context, data_record)
-    context.together(lambda: check_same_order(config, data, saved, directory))
+    data, data_record = _open_data(
+        config, context, tokenizer, sample_counts(config, end, start), saved=saved, directory=directory
+    )
     divisor = config.model.make_vocab_size_divisible_by
     padded = padded_vocab_size(tokenizer.vocab_size, divisor, context.tp_size)
     student = build_student(config, context, vocab_size=tokenizer.vocab_size, padded_vocab_size=padded)
@@ -105,6 +109,25 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
         total_iterations=end,
     )
     return Trainer(run, state, stop)
+
+
+def _open_data(
+    config: RunConfig,
+    context: ParallelContext,
+    tokenizer: Tokenizer,
+    counts: SampleCounts,
+    *,
+    saved: dict[str, Any] | None,
+    directory: Path | None,
+) -> tuple[DataSplits, DataRecord]:
+    """Build the data sets, held against those of the other nodes and of the checkpoint; also return their record."""
+    record = record_of_data(config, context)
+    context.together(lambda: check_same_data(config, record, saved, directory))
+    data = build_datasets(config, tokenizer, usable_counts(config, counts, context), context)
+    record = with_order(record, data)
+    check_order_on_nodes(context, record)
+    context.together(lambda: check_same_order(config, data, saved, directory))
+    return data, record
 
 
 def _start(config: RunConfig, saved: dict[str, Any] | None) -> TrainingState:

@@ -1,22 +1,17 @@
-"""The numbers of a run: one log line, one JSON row, the same names to TensorBoard and W&B."""
+"""The numbers of a run: one log line, one JSON row. TensorBoard and W&B, which get the same names: `dashboards.py`."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_let.config.logging import LoggingConfig
-from megatron_let.errors import ConfigError
 from megatron_let.training.checkpoint_files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
-_ROOM_BYTES = 64 << 10
-"""More than the events of a row take."""
 
 
 @dataclass(frozen=True)
@@ -132,84 +127,6 @@ def drop_rows_past(path: Path, iteration: int, *, keep_validation: bool = True) 
 def _json_number(value: Any) -> Any:
     # JSON has no NaN or infinity; a reader gets the word.
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class TensorBoard:
-    """TensorBoard events, one scalar a field."""
-
-    def __init__(self, directory: str) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._directory = Path(directory)
-        self._rows: list[Row] = []
-        try:
-            self._writer = SummaryWriter(directory)
-        except OSError as problem:
-            raise ConfigError(f"--tensorboard-dir {directory}: {problem.strerror or problem}") from problem
-
-    def write(self, row: Row) -> None:
-        """Write every number of the row at its iteration, at once."""
-        self._rows.append(row)
-        self.flush()
-
-    def flush(self) -> None:
-        """Write what is left, where there is room: on a full disk the writer's thread would die, with a traceback."""
-        while self._rows:
-            _require_room(self._directory)
-            for name, value in _scalars(self._rows[0]).items():
-                self._writer.add_scalar(name, value, self._rows[0].iteration)
-            self._writer.flush()
-            self._rows.pop(0)
-
-    def close(self) -> None:
-        """Flush and close the event file."""
-        self._writer.close()
-
-
-def _require_room(directory: Path) -> None:
-    """Raise OSError unless `directory` takes as many bytes as a row may need."""
-    probe = directory / f".room.{os.getpid()}"
-    try:
-        probe.write_bytes(bytes(_ROOM_BYTES))
-    finally:
-        probe.unlink(missing_ok=True)
-
-
-class WeightsAndBiases:
-    """A W&B run."""
-
-    def __init__(self, logging: LoggingConfig, settings: dict[str, Any]) -> None:
-        import wandb
-
-        try:
-            self._run = wandb.init(
-                project=logging.wandb_project,
-                entity=logging.wandb_entity,
-                name=logging.wandb_exp_name,
-                dir=logging.wandb_save_dir,
-                config=settings,
-            )
-        except wandb.Error as problem:  # no key, no network, no such entity
-            reason = " ".join(str(problem).split())
-            raise ConfigError(
-                f"--wandb-project {logging.wandb_project}: {reason}; or set WANDB_MODE=offline"
-            ) from problem
-
-    def write(self, row: Row) -> None:
-        """Log every number of the row at its iteration."""
-        self._run.log(_scalars(row), step=row.iteration)
-
-    def flush(self) -> None:
-        """Do nothing: W&B writes in a program of its own."""
-
-    def close(self) -> None:
-        """Finish the run."""
-        self._run.finish()
-
-
-def _scalars(row: Row) -> dict[str, float]:
-    values = asdict(row)
-    return {name: float(value) for name, value in values.items() if value is not None and name != "iteration"}
 
 
 def format_training_row(row: TrainingRow, *, train_iters: int, eta_seconds: float) -> str:

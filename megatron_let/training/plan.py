@@ -19,7 +19,7 @@ from megatron_let.config.derive import resolve
 from megatron_let.config.run_config import RunConfig
 from megatron_let.config.validate import problems
 from megatron_let.data.indexed import count_tokens
-from megatron_let.errors import ConfigError, MissingFilesError
+from megatron_let.errors import ConfigError, MissingFilesError, ProblemsError
 from megatron_let.mcore.datasets import blend_weights, split_parts
 from megatron_let.mcore.transformer_config import compute_dtype
 from megatron_let.planning.flops import GPUS, Gpu, gpu_of, training_flops_per_token
@@ -46,6 +46,7 @@ DEFAULT_MFU = 0.4
 # Share of a GPU's memory from which on a warning is due: what a plan leaves out takes the rest.
 FULL = 0.9
 
+MANY_EPOCHS = 40
 GIB = 2**30
 
 Value = TypeVar("Value")
@@ -57,18 +58,11 @@ NOT_PLANNED = (
 )
 
 
-class PlanProblemsError(ConfigError):
-    """All that keeps a run from starting, one line each."""
-
-    def __init__(self, lines: Sequence[str]) -> None:
-        super().__init__("\nerror: ".join(lines))
-
-
 def make_plan(config: RunConfig, settings: PlanSettings) -> RunPlan:
     """Return what the run will cost.
 
     Raises:
-        ConfigError: it could not start as it is; a PlanProblemsError holds all that is wrong.
+        ConfigError: it could not start as it is; a ProblemsError holds all that is wrong.
     """
     vocab_size, gpu, warnings = _check(config, settings)
     config = resolve(config, settings.world_size, ANYWHERE)
@@ -101,7 +95,7 @@ def make_plan(config: RunConfig, settings: PlanSettings) -> RunPlan:
 
 
 def _check(config: RunConfig, settings: PlanSettings) -> tuple[int, Gpu, list[str]]:
-    """Return vocabulary, GPU and warnings, or raise PlanProblemsError with all that is wrong."""
+    """Return vocabulary, GPU and warnings, or raise ProblemsError with all that is wrong."""
     found: list[str] = []
     warnings: list[str] = []
 
@@ -127,7 +121,7 @@ def _check(config: RunConfig, settings: PlanSettings) -> tuple[int, Gpu, list[st
             "student and teacher must use the same tokenizer"
         )
     if found or vocab_size is None or gpu is None:
-        raise PlanProblemsError(found)
+        raise ProblemsError(found)
     return vocab_size, gpu, warnings
 
 
@@ -265,6 +259,7 @@ def _data_plan(config: RunConfig, world_size: int, warnings: list[str]) -> DataP
             usable_counts_alone(config, counts)
         except ConfigError as problem:
             warnings.append(f"data: {problem}")
+    warnings += _repetition_warnings(epochs["training"])
     return DataPlan(needed, present, epochs, is_made_up=config.data.mock_data)
 
 
@@ -306,6 +301,15 @@ def _teacher_warnings(teacher: TeacherPlan | None) -> list[str]:
         f"layer k = {teacher.student_layer} is on {where}: "
         f"{slowdown[teacher.share] - 1:+.0%} time an iteration until S_stop (work shared over the tensor-parallel ranks "
         f"{slowdown['tensor'] - 1:+.0%}{planned})"
+    ]
+
+
+def _repetition_warnings(epochs: float | None) -> list[str]:
+    if epochs is None or epochs <= MANY_EPOCHS:
+        return []
+    return [
+        f"a training data set is read {epochs:,.0f} times; beyond some {MANY_EPOCHS} repetitions teach next to nothing (arXiv "
+        "2305.16264): give more data, another weight, or a shorter run"
     ]
 
 

@@ -15,14 +15,13 @@ from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.planning.flops import peak_flops, training_flops_per_token
 from megatron_let.training.alignment import AlignmentReport
 from megatron_let.training.bad_numbers import StepOutcome
+from megatron_let.training.dashboards import open_dashboards
 from megatron_let.training.metrics import (
     METRICS_FILE,
     JsonLines,
     Sink,
-    TensorBoard,
     TrainingRow,
     ValidationRow,
-    WeightsAndBiases,
     format_training_row,
     format_validation_row,
 )
@@ -121,6 +120,7 @@ class Reporter:
         learning_rate: float,
         loss_scale: float,
         total_iterations: int,
+        samples_left: int,
     ) -> None:
         """Report one logged iteration; all ranks bring the same reduced numbers."""
         if self.context.rank != 0:
@@ -150,7 +150,7 @@ class Reporter:
             mfu=None if self.peak is None else flops / self.peak,
             elapsed_seconds=state.elapsed_seconds,
         )
-        eta = (total_iterations - state.iteration) * totals.seconds / totals.iterations
+        eta = samples_left * totals.seconds / totals.samples  # iterations of a ramp-up grow
         LOGGER.info(format_training_row(row, train_iters=total_iterations, eta_seconds=eta))
         for sink in self.sinks:
             sink.write(row)
@@ -178,11 +178,7 @@ class Reporter:
 
 def _sinks(config: RunConfig, resumed_iteration: int, total_iterations: int) -> list[Sink]:
     """Open what the rows go to; the file of an earlier part of the run is touched last, when nothing else can fail."""
-    sinks: list[Sink] = []
-    if config.logging.tensorboard_dir is not None:
-        sinks.append(PatientSink("TensorBoard's event file", TensorBoard(config.logging.tensorboard_dir)))
-    if config.logging.wandb_project is not None:
-        sinks.append(PatientSink("W&B's run", WeightsAndBiases(config.logging, config.to_dict())))
+    sinks: list[Sink] = [*open_dashboards(config, resumed_iteration)]
     if config.checkpoint.save is not None:
         is_trained = config.validation.skip_train or resumed_iteration >= total_iterations
         directory = Path(config.checkpoint.save)

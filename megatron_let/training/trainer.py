@@ -191,6 +191,10 @@ class Trainer:
             learning_rate=learning_rate(run.parts.optimizer),
             loss_scale=float(run.parts.optimizer.get_loss_scale()) if run.parts.optimizer else 1.0,
             total_iterations=self._total,
+            samples_left=run.batches.samples_of_iterations(
+                self._total - self.state.iteration, self.state.consumed_samples
+            )
+            - self.state.consumed_samples,
         )
         totals.start()
 

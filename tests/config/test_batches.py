@@ -92,3 +92,12 @@ def test_the_length_of_a_run_comes_from_iterations_or_samples(parse: Parse) -> N
 def test_a_run_without_a_global_batch_has_one_microbatch_a_replica(parse: Parse) -> None:
     plan = batch_plan(parse(), 4)
     assert (plan.full, plan.num_microbatches(0)) == (8, 1)
+
+
+def test_what_is_left_of_a_ramp_up_is_counted_from_any_iteration() -> None:
+    plan = BatchPlan(1, 1, 32, (1, 1, 300))
+    total, consumed = 60, 0
+    whole = plan.samples_of_iterations(total)
+    for done in range(total):
+        assert plan.samples_of_iterations(total - done, consumed) == whole
+        consumed += plan.global_batch_size(consumed)

@@ -143,7 +143,6 @@ BROKEN_RECOMPUTE = [
     ("--recompute-granularity full --recompute-method uniform", "--recompute-num-layers"),
     ("--recompute-activations --recompute-granularity full", "--recompute-activations means selective"),
     ("--recompute-granularity selective --recompute-num-layers 1", "without --recompute-granularity full"),
-    ("--recompute-method block", "without --recompute-granularity full"),
     ("--recompute-modules mlp", "without --recompute-granularity selective"),
     (
         "--recompute-granularity full --recompute-method block --recompute-num-layers 1 --recompute-modules mlp",

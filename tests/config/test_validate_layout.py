@@ -77,6 +77,22 @@ def message_of(config: RunConfig, world_size: int) -> str:
         ),
         (f"{PP2} --account-for-loss-in-pipeline-split", 2, "layers with embedding and loss counted 9 is not"),
         ("--decoder-first-pipeline-num-layers 2", 1, "without --pipeline-model-parallel-size of 2 or more"),
+        (
+            "--recompute-granularity full --recompute-method uniform --recompute-num-layers 3",
+            1,
+            "whole units of --recompute-num-layers 3 layers, and the model chunks have 8; give 1, 2, 4, 8, or",
+        ),
+        (
+            f"{PP2} --recompute-granularity full --recompute-method uniform --recompute-num-layers 8",
+            2,
+            "layers, and the model chunks have 4; give 1, 2, 4, or --recompute-method block",
+        ),
+        (
+            f"{PP2} --decoder-first-pipeline-num-layers 2 --recompute-granularity full --recompute-method uniform "
+            "--recompute-num-layers 4",
+            2,
+            "layers, and the model chunks have 2, 6; give 1, 2, or --recompute-method block",
+        ),
         ("--account-for-loss-in-pipeline-split", 1, "without --pipeline-model-parallel-size of 2 or more"),
         (
             "--num-virtual-stages-per-pipeline-rank 2",

@@ -141,3 +141,32 @@ def test_a_run_is_refused_before_it_trains(pool: RankPool) -> None:
     (message,) = pool.run(1, refusal, words)
     assert message is not None
     assert "no such fused kernel on CPU" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "connections", "capability", "expected"),
+    [
+        ({"--tensor-model-parallel-size": 2}, None, 9, "and it is not set"),
+        ({"--tensor-model-parallel-size": 2}, "8", 9, "and it is 8"),
+        ({"--context-parallel-size": 2}, None, 9, "and it is not set"),
+        ({"--tensor-model-parallel-size": 2}, "1", 9, None),
+        ({"--tensor-model-parallel-size": 2}, None, 10, None),
+        ({"--pipeline-model-parallel-size": 2}, None, 9, None),
+    ],
+)
+def test_overlap_without_one_connection_is_told(
+    changes: dict[str, Any],
+    connections: str | None,
+    capability: int,
+    expected: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    logged: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    if connections is not None:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", connections)
+    check_kernels(settings({"--bf16": None, **changes}, 2), is_on_gpu=True)
+    told = [line for record in logged.records if "CUDA_DEVICE_MAX" in (line := record.message)]
+    assert len(told) == (expected is not None)
+    assert expected is None or expected in told[0]

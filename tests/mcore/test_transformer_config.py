@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
+from megatron_let.config.batches import layers_of_chunks
 from megatron_let.config.derive import resolve
 from megatron_let.mcore import transformer_config as module
 from megatron_let.mcore.transformer_config import build_transformer_config
@@ -58,3 +60,39 @@ def test_outputs_of_virtual_stages_outlive_their_overlapped_sends(
     core = build_transformer_config(config, is_on_gpu=is_on_gpu)
     assert core.overlap_p2p_comm is (chunks is not None)
     assert core.deallocate_pipeline_outputs is not core.overlap_p2p_comm
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"--pipeline-model-parallel-size": 1},
+        {},
+        {"--num-virtual-stages-per-pipeline-rank": 2},
+        {"--num-layers-per-virtual-pipeline-stage": 2},
+        {"--decoder-first-pipeline-num-layers": 3, "--num-layers": 9},
+        {"--decoder-first-pipeline-num-layers": 2, "--decoder-last-pipeline-num-layers": 6},
+        {"--decoder-last-pipeline-num-layers": 4, "--num-virtual-stages-per-pipeline-rank": 2},
+        {"--account-for-embedding-in-pipeline-split": None, "--num-layers": 11},
+        {
+            **{
+                "--account-for-embedding-in-pipeline-split": None,
+                "--account-for-loss-in-pipeline-split": None,
+            },
+            **{"--num-virtual-stages-per-pipeline-rank": 3, "--num-layers": 22},
+        },
+    ],
+)
+def test_chunks_have_the_layers_that_megatron_core_builds(changes: dict[str, Any]) -> None:
+    base = {"--mock-data": None, "--num-layers": 16, "--pipeline-model-parallel-size": 4}
+    words = arguments(TINY_STUDENT, {**base, "--global-batch-size": 12, **changes})
+    config = parse_arguments(words)
+    stages = config.transformer.pipeline_model_parallel_size
+    core = build_transformer_config(resolve(config, stages), is_on_gpu=False)
+    chunks = core.virtual_pipeline_model_parallel_size
+    expected = [
+        get_num_layers_to_build(core, chunk, stage)
+        for chunk in ([None] if chunks is None else range(chunks))
+        for stage in range(stages)
+    ]
+    assert layers_of_chunks(config) == expected
+    assert sum(expected) == config.transformer.num_layers

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from megatron_let.errors import ProblemsError
 from megatron_let.planning.plan import PlanSettings, RunPlan
 from megatron_let.testing.training import TINY_STUDENT, arguments
 from megatron_let.training.arguments import parse_arguments
-from megatron_let.training.plan import PlanProblemsError, make_plan
+from megatron_let.training.plan import make_plan
 
 MOCK = {"--mock-data": None}
 
@@ -21,6 +22,6 @@ def plan_of(changes: dict[str, Any], world_size: int = 1, **settings: Any) -> Ru
 
 def problems_of(changes: dict[str, Any], world_size: int = 1, **settings: Any) -> list[str]:
     """Return all that keeps such a run from starting."""
-    with pytest.raises(PlanProblemsError) as caught:
+    with pytest.raises(ProblemsError) as caught:
         plan_of(changes, world_size, **settings)
     return str(caught.value).split("\nerror: ")

@@ -19,7 +19,7 @@ from megatron_let.mcore import parallel
 from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.training import TINY_STUDENT, arguments
 from megatron_let.training import save_directory
-from megatron_let.training.metrics import TensorBoard, WeightsAndBiases
+from megatron_let.training.dashboards import TensorBoard, WeightsAndBiases
 from tests.training.bad_input import MISTAKE_TIMEOUT, Outcome, content_of, outcome, refusal, run
 
 NO_DATA = {"--data-path": "nowhere", "--train-iters": 1}

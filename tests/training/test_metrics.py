@@ -18,11 +18,11 @@ from megatron_let.testing.one_iteration import run_one_iteration
 from megatron_let.testing.training import TINY_STUDENT, arguments
 from megatron_let.training.arguments import parse_arguments
 from megatron_let.training.build import build_trainer
+from megatron_let.training.dashboards import TensorBoard
 from megatron_let.training.metrics import (
     METRICS_FILE,
     JsonLines,
     Row,
-    TensorBoard,
     TrainingRow,
     ValidationRow,
     drop_rows_past,

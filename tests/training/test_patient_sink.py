@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_let.training.metrics import METRICS_FILE, JsonLines, RetryingSink, Row, TensorBoard
+from megatron_let.training.dashboards import TensorBoard
+from megatron_let.training.metrics import METRICS_FILE, JsonLines, RetryingSink, Row
 from megatron_let.training.patient_sink import PatientSink
 from tests.training.bad_input import logged_lines
 from tests.training.test_metrics import ROW

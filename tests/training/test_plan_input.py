@@ -23,6 +23,10 @@ def test_data_are_counted(token_files: Path, tmp_path: Path) -> None:
     assert present["training"] + present["validation"] == total
     epochs = f"{200 * 8 * 32 / present['training']:.2f} epochs"
     assert any(epochs in line for line in plan_lines(plan))
+    assert not any("is read" in line for line in plan.warnings)
+    often = plan_of({**flags, "--train-iters": 2_000_000})
+    (warning,) = (line for line in often.warnings if "is read" in line)
+    assert f"is read {2_000_000 * 8 * 32 / present['training']:,.0f} times" in warning
     missing = plan_of({**flags, "--data-path": tmp_path / "elsewhere"})
     assert missing.data.present["training"] is None
     assert any("elsewhere" in line for line in missing.warnings)

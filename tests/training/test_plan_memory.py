@@ -33,6 +33,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor, sequence, LET": (2, {**TENSOR, LET: None}),
     "distributed optimizer": (2, DISTRIBUTED),
     "full recompute": (1, FULL),
+    "norms recomputed": (1, {"--recompute-granularity": "selective", "--recompute-modules": "layernorm"}),
     "virtual stages, LET": (2, {**PIPELINE, LET: None, "--num-virtual-stages-per-pipeline-rank": 2}),
     "tied, uneven": (2, {**PIPELINE, **GPT2, "--decoder-first-pipeline-num-layers": 1}),
     "embedding and loss counted": (

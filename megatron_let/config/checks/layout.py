@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from megatron_let.config.batches import batch_plan, model_parallel_size, pipeline_units, virtual_pipeline_size
+from megatron_let.config.batches import (
+    batch_plan,
+    layers_of_chunks,
+    model_parallel_size,
+    pipeline_units,
+    virtual_pipeline_size,
+)
 from megatron_let.config.checks.rules import given, require, require_divisible, require_takes_effect
 from megatron_let.config.run_config import RunConfig
 
@@ -156,6 +162,21 @@ def _check_interleaved(config: RunConfig, stages: int) -> None:
         require_takes_effect(
             transformer, *schedule_only, needs="--num-virtual-stages-per-pipeline-rank of 2 or more"
         )
+
+
+def check_recompute_units(config: RunConfig) -> None:
+    """Uniform recompute goes through a model chunk in whole units."""
+    transformer = config.transformer
+    unit = transformer.recompute_num_layers
+    if transformer.recompute_granularity != "full" or transformer.recompute_method != "uniform":
+        return
+    sizes = sorted(set(layers_of_chunks(config)))
+    whole = [number for number in range(1, max(sizes) + 1) if not any(size % number for size in sizes)]
+    require(
+        unit in whole,
+        f"--recompute-method uniform recomputes whole units of --recompute-num-layers {unit} layers, and the model chunks "
+        f"have {', '.join(map(str, sizes))}; give {', '.join(map(str, whole))}, or --recompute-method block",
+    )
 
 
 def check_interleaved_microbatches(config: RunConfig, world_size: int) -> None:

@@ -65,28 +65,19 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
     is_guided = let_record is not None and let_record.schedule().is_active_at(start.iteration)
     needs_teacher = is_guided and not config.validation.skip_train
     check_data(config, tokenizer, context, needs_teacher=needs_teacher)
-    check_nodes(
-        config,
-        context,
-        tokenizer=tokenizer,
-        teacher=let_record if needs_teacher else None,
-        checkpoint=directory,
-    )
+    guide = let_record if needs_teacher else None
+    check_nodes(config, context, tokenizer=tokenizer, teacher=guide, checkpoint=directory)
     data, data_record = _open_data(
         config, context, tokenizer, sample_counts(config, end, start), saved=saved, directory=directory
     )
     divisor = config.model.make_vocab_size_divisible_by
     padded = padded_vocab_size(tokenizer.vocab_size, divisor, context.tp_size)
-    student = build_student(config, context, vocab_size=tokenizer.vocab_size, padded_vocab_size=padded)
-    optimizer = build_optimizer(config, student)
-    parts = Parts(student, optimizer, build_lr_scheduler(config, optimizer), with_rng=True)
+    parts = _build_parts(config, context, vocab_size=tokenizer.vocab_size, padded_vocab_size=padded)
     state = TrainingState()
     if directory is not None and saved is not None:
         state = load_checkpoint(directory, saved, config, context, parts)
-    alignment = None
-    if needs_teacher and let_record is not None:
-        alignment = build_alignment(config, context, student, let_record)
-    choices = resolved_choices(config, context, student, let_record)
+    alignment = None if guide is None else build_alignment(config, context, parts.student, guide)
+    choices = resolved_choices(config, context, parts.student, let_record)
     LOGGER.info(" | ".join(choices))
     record = RunRecord(let_record, data_record, choices, remembered)
     saver = build_saver(config, context, parts, record, started_from=state.iteration)
@@ -99,11 +90,7 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
         alignment=alignment,
         saver=saver,
         reporter=build_reporter(
-            config,
-            context,
-            padded_vocab_size=padded,
-            resumed_iteration=state.iteration,
-            total_iterations=end,
+            config, context, padded_vocab_size=padded, resumed_iteration=state.iteration, total_iterations=end
         ),
         batches=batch_plan(config, context.world_size),
         total_iterations=end,
@@ -128,6 +115,15 @@ def _open_data(
     check_order_on_nodes(context, record)
     context.together(lambda: check_same_order(config, data, saved, directory))
     return data, record
+
+
+def _build_parts(
+    config: RunConfig, context: ParallelContext, *, vocab_size: int, padded_vocab_size: int
+) -> Parts:
+    """Build what trains and is saved."""
+    student = build_student(config, context, vocab_size=vocab_size, padded_vocab_size=padded_vocab_size)
+    optimizer = build_optimizer(config, student)
+    return Parts(student, optimizer, build_lr_scheduler(config, optimizer), with_rng=True)
 
 
 def _start(config: RunConfig, saved: dict[str, Any] | None) -> TrainingState:

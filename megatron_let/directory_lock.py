@@ -82,17 +82,17 @@ def lock_directory(directory: str | os.PathLike[str], *, wait: float = 0.0) -> D
         time.sleep(_POLL_SECONDS)
 
 
-def lock_file_of(directory: str | os.PathLike[str]) -> tuple[int, int] | None:
-    """Return which file is the lock of a directory (device and number), None when it has none.
+def lock_file_of(directory: str | os.PathLike[str]) -> int | None:
+    """Return the number of the file that is the lock of a directory (its inode), None when it has none.
 
     It stays the same as long as its run holds it: a directory that was put in its place, or another run that has taken
-    it after the file was deleted, has another. Raises OSError.
+    it after the file was deleted, has another. The device's number may change when a network file system is mounted
+    again. Raises OSError.
     """
     try:
-        found = os.stat(Path(directory, LOCK_FILE))  # opened and closed, it would be let go
+        return os.stat(Path(directory, LOCK_FILE)).st_ino  # opened and closed, it would be let go
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return found.st_dev, found.st_ino
 
 
 def owner_of(path: Path) -> str:

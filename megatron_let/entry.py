@@ -58,7 +58,7 @@ class RunReport:
     """The same, in seconds since the epoch."""
     _wanted: str | None = field(default=None, init=False, repr=False)
     _lock: DirectoryLock | None = field(default=None, init=False, repr=False)
-    _lock_file: tuple[int, int] | None = field(default=None, init=False, repr=False)
+    _lock_file: int | None = field(default=None, init=False, repr=False)
     _failed: BaseException | None = field(default=None, init=False, repr=False)
     _is_left: bool = field(default=False, init=False, repr=False)
 
@@ -267,7 +267,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).replace(ProblemsError.SEPARATOR, " | ").split())
 
 
-def _lock_file(directory: str) -> tuple[int, int] | None:
+def _lock_file(directory: str) -> int | None:
     """Return which file is a directory's lock, None also where that cannot be seen now."""
     with suppress(OSError):
         return lock_file_of(directory)

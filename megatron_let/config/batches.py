@@ -109,17 +109,15 @@ class BatchPlan:
         return self.global_batch_size(consumed_samples) // (self.micro_batch_size * self.data_parallel_size)
 
     def iterations_of_samples(self, samples: int) -> int:
-        """Return how many iterations `samples` sequences give; a last part batch is left out.
-
-        During ramp-up Megatron-LM counts every iteration that begins at or before `samples`.
-        """
-        if self.rampup is None:
-            return samples // self.full
+        """Return how many iterations `samples` sequences give; a last part batch is left out, in ramp-up too."""
         iterations, consumed = 0, 0
-        while consumed <= self.rampup[2] and consumed <= samples:
-            consumed += self.global_batch_size(consumed)
+        while self.rampup is not None and consumed <= self.rampup[2]:
+            size = self.global_batch_size(consumed)
+            if consumed + size > samples:
+                return iterations
+            consumed += size
             iterations += 1
-        return iterations + max(0, samples - consumed) // self.full
+        return iterations + (samples - consumed) // self.full
 
     def samples_of_iterations(self, iterations: int, consumed: int = 0) -> int:
         """Return the sequences consumed after `iterations` more iterations."""

@@ -16,7 +16,7 @@ from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.plain_json import shown
 from megatron_let.training import checkpoint_files as files
 from megatron_let.training.checkpoints import TokenizerRecord
-from megatron_let.training.saved_run import require_run
+from megatron_let.training.saved_run import require_run, with_consumed_tokens
 
 # Settings that decide the shapes of the weights: a checkpoint fits only a run that agrees on all of them.
 _SHAPES = {
@@ -133,8 +133,9 @@ def read_run(directory: Path, context: ParallelContext) -> dict[str, Any]:
         raise ConfigError(
             f"checkpoint {directory} (iteration {shown(common.get(ITERATION))}) was not written by megatron_let; give one that was"
         )
-    require_run(common[RUN], directory)
-    return {**common[RUN], SCHEDULER: common.get(SCHEDULER)}
+    run = with_consumed_tokens(common[RUN])
+    require_run(run, directory)
+    return {**run, SCHEDULER: common.get(SCHEDULER)}
 
 
 def tokenizer_of_checkpoint(directory: Path) -> tuple[str, str | None] | None:

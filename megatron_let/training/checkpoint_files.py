@@ -126,11 +126,12 @@ def write_atomically(path: Path, text: str) -> None:
 def prepare_partial(root: Path, iteration: int) -> Path:
     """Create the empty directory the next checkpoint is written into; what stopped saves and deletions left is removed.
 
-    Nobody else writes here: the run holds the lock of its save directory. Names that no save gives are somebody's.
+    Nobody else writes here: the run holds the lock of its save directory. Names that no save gives are somebody's. What
+    cannot be removed now (a network file system keeps what is still open) is left for the next time.
     """
     for entry in root.glob(f"iter_*{_PARTIAL}"):
         if _PARTIAL_NAME.fullmatch(entry.name):
-            shutil.rmtree(entry)
+            shutil.rmtree(entry, ignore_errors=True)
     directory = partial_directory(root, iteration)
     directory.mkdir(parents=True)
     return directory
@@ -174,7 +175,7 @@ def finish(root: Path, iteration: int, files: Mapping[str, FileEntry]) -> None:
     _sync_directory(root)
     write_tracker(root, iteration)
     if replaced is not None:
-        shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def delete_older(
@@ -203,7 +204,7 @@ def delete_older(
 
 def _set_aside(directory: Path) -> Path:
     """Give a checkpoint a name under which it is never read, and return that."""
-    aside = directory.with_name(f"{directory.name}.old{_PARTIAL}")
+    aside = directory.with_name(f"{directory.name}.old.{time.time_ns()}{_PARTIAL}")
     directory.rename(aside)
     return aside
 

@@ -130,7 +130,7 @@ class Reporter:
         row = TrainingRow(
             iteration=state.iteration,
             consumed_samples=state.consumed_samples,
-            consumed_tokens=state.consumed_samples * self.config.model.seq_length,
+            consumed_tokens=state.consumed_tokens,
             lm_loss=lm_loss,
             let_loss=None if let_report is None else let_report.loss,
             let_cosine=None if let_report is None else let_report.cosine,
@@ -162,7 +162,7 @@ class Reporter:
         row = ValidationRow(
             iteration=state.iteration,
             consumed_samples=state.consumed_samples,
-            consumed_tokens=state.consumed_samples * self.config.model.seq_length,
+            consumed_tokens=state.consumed_tokens,
             validation_lm_loss=loss,
             elapsed_seconds=state.elapsed_seconds,
         )

@@ -47,7 +47,7 @@ def check_save_directory(config: RunConfig, context: ParallelContext) -> None:
 
 
 class DirectoryWatch:
-    """Tells whether a `--save` directory is still the one that the run began with."""
+    """Tells whether a `--save` directory is still the one that the run began with; for rank 0, which holds its lock."""
 
     def __init__(self, root: Path) -> None:
         """Remember the directory's lock file; without one nothing can be told."""

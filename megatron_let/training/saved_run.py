@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_let.plain_json import require_fields
+from megatron_let.plain_json import fits, require_fields
 from megatron_let.training.data_record import DataRecord
 from megatron_let.training.let_record import LetRecord
 from megatron_let.training.saved_values import incomplete, require_value, require_vocabulary
@@ -28,6 +28,22 @@ _LOOKED_UP: dict[str, dict[str, Any]] = {
 }
 _ORIGIN = 4
 """Numbers of an entry of the order: the sample's, and where it comes from."""
+
+
+def with_consumed_tokens(run: dict[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint says of its run with the tokens consumed, which the first versions did not count.
+
+    They are then taken to be of one sequence length. Values of another kind are left to `require_run`.
+    """
+    state, config = run.get("state"), run.get("config")
+    if not isinstance(state, dict) or not isinstance(config, dict) or "consumed_tokens" in state:
+        return run
+    model = config.get("model")
+    samples = state.get("consumed_samples")
+    length = model.get("seq_length") if isinstance(model, dict) else None
+    if not (isinstance(samples, int) and isinstance(length, int) and fits([samples, length], list[int])):
+        return run
+    return {**run, "state": {**state, "consumed_tokens": samples * length}}
 
 
 def require_run(run: dict[str, Any], directory: Path) -> None:

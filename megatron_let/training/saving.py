@@ -14,7 +14,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 
 from megatron_let import __version__
 from megatron_let.config.run_config import RunConfig
-from megatron_let.errors import LetError
+from megatron_let.errors import ConfigError, LetError
 from megatron_let.log import LOGGER
 from megatron_let.mcore.checkpoint import Parts
 from megatron_let.mcore.checkpoint_writer import Content, ContentPlanner, Written
@@ -79,7 +78,7 @@ class CheckpointSaver:
         if config.checkpoint.no_save_optim:
             self._parts = replace(self._parts, optimizer=None, scheduler=None)
         self._root = Path(config.checkpoint.save)
-        self._watch = DirectoryWatch(self._root)
+        self._watch = DirectoryWatch(self._root) if context.rank == 0 else None
         self._planner = ContentPlanner(context)
         self._pending: Iterator[None] | None = None
 
@@ -172,12 +171,19 @@ class CheckpointSaver:
         options = self._config.checkpoint
         if options.save_keep_last is None and options.save_retain_interval is None:
             return []
-        return files.delete_older(
-            self._root,
-            keep_last=options.save_keep_last or 2,
-            retain_interval=options.save_retain_interval,
-            spared=(iteration, self._started_from),
-        )
+        try:
+            return files.delete_older(
+                self._root,
+                keep_last=options.save_keep_last or 2,
+                retain_interval=options.save_retain_interval,
+                spared=(iteration, self._started_from),
+            )
+        except OSError as problem:  # the new one is whole: nothing to end a run for
+            LOGGER.warning(
+                f"an old checkpoint in {self._root} cannot be deleted ({problem.strerror or problem}); the next save tries "
+                "again"
+            )
+            return []
 
     def _on_rank_0(self, action: Callable[[], object], iteration: int) -> Iterator[None]:
         """Run a file operation on rank 0, yielding until it is done; all raise together when it fails."""
@@ -191,24 +197,22 @@ class CheckpointSaver:
         error = task.error
         if error is not None and not isinstance(error, OSError):
             raise error  # a defect: this rank's traceback tells it
-        told = None if error is None else self._failure(error)
-        if self._context.any_rank(error is not None) and self._context.rank == 0 and self._is_ours():
+        if not self._context.any_rank(error is not None):
+            return
+        told = self._failure(error)
+        if self._context.rank == 0 and not isinstance(told, ConfigError):
             # Its room may be what is missing. Partial checkpoints are never read, so that it may also stay.
             shutil.rmtree(files.partial_directory(self._root, iteration), ignore_errors=True)
         self._context.raise_together(told)
 
     def _failure(self, error: OSError | None) -> LetError | None:
         """Return what to say of an error, if there is one; that the directory is lost says more than what follows from it."""
+        lost = None
         try:
-            lost = self._watch.change()
+            lost = None if self._watch is None else self._watch.change()
         except OSError as problem:
-            lost, error = None, error or problem
+            error = error or problem
         return lost or (None if error is None else _unwritten(self._root, error.strerror or str(error)))
-
-    def _is_ours(self) -> bool:
-        with suppress(OSError):
-            return self._watch.change() is None
-        return False
 
     def _require_space(self, directory: Path, needed: int) -> None:
         try:

@@ -15,6 +15,9 @@ class TrainingState:
     consumed_samples: int = 0
     """Training sequences read, which is also the position in the data."""
 
+    consumed_tokens: int = 0
+    """Tokens of these, each sequence with the length it was read with."""
+
     skipped_iterations: int = 0
     """Iterations without an optimizer step: gradient overflow under fp16, NaN or infinity."""
 

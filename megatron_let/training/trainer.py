@@ -145,6 +145,7 @@ class Trainer:
             state.skipped_iterations += 1
         state.iteration += 1
         state.consumed_samples += batch_size
+        state.consumed_tokens += batch_size * run.config.model.seq_length
         seconds = time.perf_counter() - started
         state.elapsed_seconds += seconds
         self._release_timer.add(seconds)

@@ -67,11 +67,25 @@ def iterations_in_megatron(plan: BatchPlan, samples: int, ramp: int) -> int:
     return iterations
 
 
-@pytest.mark.parametrize("samples", [1, 15, 16, 99, 100, 101, 1000, 1031, 1032])
+@pytest.mark.parametrize("samples", [1, 15, 16, 30, 99, 100, 101, 104, 120, 1000, 1031, 1032])
 def test_iterations_of_a_run_counted_in_samples(samples: int) -> None:
+    """Megatron-LM's count, but for the iteration that would read beyond the last sample while the batch still grows."""
     assert BatchPlan(4, 2, 32).iterations_of_samples(samples) == samples // 32
     plan = BatchPlan(4, 2, 32, (8, 8, 100))
-    assert plan.iterations_of_samples(samples) == iterations_in_megatron(plan, samples, 100)
+    theirs = iterations_in_megatron(plan, samples, 100)
+    is_too_many = plan.samples_of_iterations(theirs) > samples
+    assert plan.iterations_of_samples(samples) == theirs - is_too_many
+    assert is_too_many == (samples < 120)
+
+
+@settings(max_examples=60, deadline=None)
+@given(samples=st.integers(0, 300), ramp=st.integers(0, 200), steps=st.integers(0, 5))
+def test_no_more_samples_are_read_than_there_are_and_no_whole_batch_is_left(
+    samples: int, ramp: int, steps: int
+) -> None:
+    plan = BatchPlan(1, 1, 2 + 2 * steps, (2, 2, ramp))
+    count = plan.iterations_of_samples(samples)
+    assert plan.samples_of_iterations(count) <= samples < plan.samples_of_iterations(count + 1)
 
 
 @pytest.mark.parametrize("rampup", [None, (8, 8, 100), (32, 8, 0)])

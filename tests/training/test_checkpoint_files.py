@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from unittest.mock import patch
@@ -212,6 +214,18 @@ def test_a_directory_that_no_save_named_is_not_removed(tmp_path: Path) -> None:
         "iter_7.partial",
         "iter_best.partial",
     ]
+
+
+def test_what_cannot_be_removed_is_no_checkpoint_and_stops_no_save(tmp_path: Path) -> None:
+    """A network file system refuses to remove what another program has open."""
+    write(tmp_path, 10)
+    with patch.object(os, "rmdir", side_effect=OSError(errno.ENOTEMPTY, "Directory not empty")):
+        write(tmp_path, 10)
+        assert files.saved_iterations(tmp_path) == [10]
+        write(tmp_path, 20)
+    write(tmp_path, 30)
+    assert files.saved_iterations(tmp_path) == [30, 20, 10]
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_manifest_does_not_lead_out_of_its_directory(tmp_path: Path) -> None:

@@ -65,6 +65,11 @@ def _add_data_flags(data: argparse._ArgumentGroup) -> None:
     )
     data.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's eod")
     data.add_argument(
+        "--document-map",
+        action="store_true",
+        help="keep the file, record and byte of each document in PREFIX_KEY_document.map.npy",
+    )
+    data.add_argument(
         "--limit", type=int, metavar="N", help="read the first N records alone (lines, rows, text files)"
     )
     data.add_argument(
@@ -216,6 +221,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         subset_weights=parse_weights(arguments.subset_weights),
         excluded_subsets=tuple(sorted(set(arguments.exclude_subset))),
         limit=arguments.limit,
+        map_documents=arguments.document_map,
         list_skipped=arguments.skipped_file,
         max_document_bytes=arguments.max_document_bytes,
         invalid_utf8=arguments.invalid_utf8,

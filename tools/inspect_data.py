@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_let.data.document_map import map_path, open_map
 from megatron_let.data.index_tables import open_tables
 from megatron_let.data.indexed import check_indexed, read_document
 from megatron_let.data.manifest import Manifest, manifest_path, read_manifest, require_manifest_of
@@ -117,6 +118,14 @@ def _about(manifest: Manifest | None) -> Iterator[str]:
 
 def _document(arguments: argparse.Namespace, manifest: Manifest | None) -> Iterator[str]:
     ids = read_document(arguments.prefix, arguments.document).tolist()
+    rows = open_map(arguments.prefix, check_indexed(arguments.prefix).documents)
+    if rows is not None and manifest is not None:
+        source, record, byte = rows[arguments.document].tolist()
+        if not 0 <= source < len(manifest.sources):
+            raise ConfigError(
+                f"{map_path(arguments.prefix)} names source {source} of {len(manifest.sources)}: delete it"
+            )
+        yield f"from {manifest.sources[source].path}, record {record:,} (byte {byte:,})"
     shown = " ".join(map(str, ids[:_SHOWN_IDS])) + (" ..." if len(ids) > _SHOWN_IDS else "")
     yield f"document {arguments.document}: {len(ids):,} tokens: {shown}"
     yield _tokenizer_of(arguments, manifest).detokenize(ids)

@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_let.data.batch_encoders import BatchEncoder, SentencePieceEncoder
+from megatron_let.data.document_end import choose_eod
 from megatron_let.data.fast_encoder import ENCODERS
 from megatron_let.data.foreign_flags import add_foreign_flags
 from megatron_let.data.input_rules import INPUT_FORMATS, TEXT_DOCUMENTS
@@ -63,6 +64,11 @@ def _add_data_flags(data: argparse._ArgumentGroup) -> None:
         "--output-prefix", required=True, type=utf8_name, help="PREFIX_KEY_document.{bin,idx,manifest.json}"
     )
     data.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's eod")
+    data.add_argument(
+        "--document-map",
+        action="store_true",
+        help="keep the file, record and byte of each document in PREFIX_KEY_document.map.npy",
+    )
     data.add_argument(
         "--limit", type=int, metavar="N", help="read the first N records alone (lines, rows, text files)"
     )
@@ -149,6 +155,9 @@ def _add_tokenizer_flags(tokens: argparse._ArgumentGroup) -> None:
     tokens.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
     add_tokenizer_places(tokens)
     tokens.add_argument(
+        "--eod-token", metavar="TOKEN", help="the token that ends documents (default: the tokenizer's eos)"
+    )
+    tokens.add_argument(
         "--encode-special-tokens",
         action="store_true",
         help="special tokens written out in a text are text (default: they become the token, as in Megatron-LM)",
@@ -212,6 +221,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         subset_weights=parse_weights(arguments.subset_weights),
         excluded_subsets=tuple(sorted(set(arguments.exclude_subset))),
         limit=arguments.limit,
+        map_documents=arguments.document_map,
         list_skipped=arguments.skipped_file,
         max_document_bytes=arguments.max_document_bytes,
         invalid_utf8=arguments.invalid_utf8,
@@ -232,7 +242,9 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         vocab_size=arguments.vocab_size,
         encode_special_tokens=arguments.encode_special_tokens,
         without_torch=True,
+        needs_eod=False,
     )
+    choose_eod(tokenizer, arguments.eod_token, append_eod=arguments.append_eod)
     try:
         manifests = preprocess(settings, tokenizer, say)
     except KeyboardInterrupt:

@@ -50,6 +50,10 @@ class BatchEncoder(ABC):
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """Return the ids of each text, without bos or eod. Raises ValueError for a text that has none."""
 
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token by its name in the vocabulary, None where there is no such token."""
+        return None
+
     def definition(self) -> bytes:
         """Return all that decides over the ids: the same bytes in every process."""
         return pickle.dumps(self)
@@ -68,6 +72,11 @@ class BackendEncoder(BatchEncoder):
         # The fast variant leaves out character offsets.
         batch = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return join_ids(item.ids for item in batch)
+
+    def token_id(self, token: str) -> int | None:
+        """See BatchEncoder."""
+        found: int | None = self.backend.token_to_id(token)
+        return found
 
     def __getstate__(self) -> tuple[str, bool]:
         """Pickle as JSON, which leaves out the one setting that is kept beside it."""
@@ -99,6 +108,11 @@ class SlowHuggingFaceEncoder(BatchEncoder):
         """See BatchEncoder."""
         return join_ids(self.tokenizer.encode(text, add_special_tokens=False) for text in texts)
 
+    def token_id(self, token: str) -> int | None:
+        """See BatchEncoder."""
+        found: int | None = self.tokenizer.get_vocab().get(token)
+        return found
+
     def definition(self) -> bytes:
         """See BatchEncoder: vocabulary, settings and files; not in it is what its Python code does with them."""
         vocabulary = sorted(self.tokenizer.get_vocab().items())
@@ -125,6 +139,11 @@ class SentencePieceEncoder(BatchEncoder):
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """See BatchEncoder."""
         return join_ids(self.processor.encode_as_ids(text) for text in texts)
+
+    def token_id(self, token: str) -> int | None:
+        """See BatchEncoder."""
+        found = int(self.processor.piece_to_id(token))  # the unknown piece for what is none
+        return found if self.processor.id_to_piece(found) == token else None
 
     def __reduce__(self) -> tuple[type[SentencePieceEncoder], tuple[bytes]]:
         """Send the model's bytes only."""

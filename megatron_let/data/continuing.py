@@ -25,6 +25,7 @@ def arguments_of(settings: PreprocessSettings, tokenizer: Tokenizer) -> dict[str
     later = {
         "--exclude-subset": list(settings.excluded_subsets),
         "--limit": settings.limit,
+        "--document-map": settings.map_documents,
         "--shard": str(settings.shard or ""),
         "--skipped-file": settings.list_skipped,
     }

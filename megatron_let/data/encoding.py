@@ -46,6 +46,8 @@ class EncodingRules:
     """Put U+FFFD where bytes are not UTF-8, instead of rejecting the record."""
     excluded_subsets: tuple[str, ...] = ()
     """Subsets whose records are left out."""
+    map_documents: bool = False
+    """Tell of each document which record it is."""
     list_skipped: bool = False
     """Name every record that gave no document, not the first few alone."""
 
@@ -184,7 +186,7 @@ def _encode_key(
     documents, encoded = _encode_documents(documents, encoder, skipped)
     for document in documents:  # a huge text is gone before its tokens are copied
         document.texts.clear()
-    packing_rules = PackingRules(rules.dtype, rules.append_eod, rules.eod)
+    packing_rules = PackingRules(rules.dtype, rules.append_eod, rules.eod, rules.map_documents)
     parts: list[EncodedPart] = []
     for subset, group, group_encoded in _groups(documents, encoded, rules.split_by_subset):
         part, empty = pack(group, group_encoded, packing_rules, key=key, subset=subset)

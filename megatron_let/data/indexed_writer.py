@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_let.data.document_map import map_path
 from megatron_let.data.growing_file import GrowingFile, damaged
 from megatron_let.data.indexed import BOUND_BYTES, CODE_OF_DTYPE, HEADER, LENGTH_BYTES, MAGIC, VERSION
 from megatron_let.data.manifest import manifest_path
@@ -169,16 +170,19 @@ def write_pair(prefix: str, dtype: str, parts: Iterable[tuple[Any, Any, Any]]) -
 def install_pair(stem: Path, prefix: str) -> None:
     """Put a completed pair under its name; what a kill left undone is done by the next call.
 
-    The old index goes first, then the old manifest; then come the new tokens, the index, and the manifest if there
-    is one (STEM.manifest.json).
+    The old index goes first, then the old manifest and map; then come the new tokens, the index, and the map and the
+    manifest if there are any (STEM.map.npy, STEM.manifest.json).
     """
     data, index = working_file(stem, "bin"), working_file(stem, "idx")
     if data.exists():
         Path(f"{prefix}.idx").unlink(missing_ok=True)
         manifest_path(prefix).unlink(missing_ok=True)
+        map_path(prefix).unlink(missing_ok=True)
         data.replace(f"{prefix}.bin")
     if index.exists():
         index.replace(f"{prefix}.idx")
+    if (document_map := map_path(str(stem))).exists():
+        document_map.replace(map_path(prefix))
     if (manifest := manifest_path(str(stem))).exists():
         manifest.replace(manifest_path(prefix))
     _sync_directory(Path(prefix).parent)
@@ -186,7 +190,7 @@ def install_pair(stem: Path, prefix: str) -> None:
 
 def remove_working_files(stem: Path) -> None:
     """Delete whatever a writer left under the working name."""
-    for kind in ("bin", "idx", "lengths", "bounds", "manifest.json"):
+    for kind in ("bin", "idx", "lengths", "bounds", "map.npy", "manifest.json"):
         working_file(stem, kind).unlink(missing_ok=True)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_let import __version__
 from megatron_let.data.digests import sha256_while_reading
+from megatron_let.data.document_map import merged_rows, open_map, write_map
 from megatron_let.data.index_tables import CHUNK, IndexTables, open_tables
 from megatron_let.data.indexed import IndexedSummary, check_indexed
 from megatron_let.data.indexed_writer import IndexedWriter, install_pair
@@ -97,6 +98,8 @@ def merge(
                 digests = writer.complete()
             known = [manifest for manifest in manifests if manifest is not None]
             merged = _merged_manifest(known, digests, command) if len(known) == len(manifests) else None
+            if merged is not None:
+                _write_map(stem, summaries, known, write_line)
             if merged is None:
                 absent = next(
                     s.prefix for s, manifest in zip(summaries, manifests, strict=True) if manifest is None
@@ -110,6 +113,22 @@ def merge(
     except OSError as error:
         raise LetError(f"cannot write {output_prefix}: {error.strerror}; nothing was written over") from error
     return check_indexed(output_prefix), merged
+
+
+def _write_map(
+    stem: Path,
+    summaries: Sequence[IndexedSummary],
+    manifests: Sequence[Manifest],
+    write_line: Callable[[str], None],
+) -> None:
+    """Join the document maps, if every pair has one."""
+    maps = [open_map(summary.prefix, summary.documents) for summary in summaries]
+    absent = [summary.prefix for summary, rows in zip(summaries, maps, strict=True) if rows is None]
+    if not absent:
+        rows = merged_rows(maps, [manifest.sources for manifest in manifests])
+        write_map(stem, sum(map(len, maps)), rows)
+    elif len(absent) < len(maps):
+        write_line(f"no document map is written: {absent[0]} has none")
 
 
 def _refuse_stopped_run(directory: WorkingDirectory, output_prefix: str) -> None:
@@ -234,7 +253,7 @@ def _merged_manifest(manifests: Sequence[Manifest], digests: tuple[str, str], co
         for name, count in manifest.subsets.items():
             subsets[name] = subsets.get(name, SubsetCount()) + count
     # Pairs of one run, as it writes for each subset, have their sources in common.
-    sources = {(source.path, source.sha256): source for manifest in manifests for source in manifest.sources}
+    sources = dict.fromkeys(source for manifest in manifests for source in manifest.sources)
     examples = [example for manifest in manifests for example in manifest.skipped_examples]
     unread: Counter[str] = Counter()
     unread_examples: list[str] = []
@@ -251,7 +270,7 @@ def _merged_manifest(manifests: Sequence[Manifest], digests: tuple[str, str], co
         **{name: sum(getattr(manifest, name) for manifest in manifests) for name in sums},
         json_key=",".join(keys),
         max_token_id=max(manifest.max_token_id for manifest in manifests),
-        sources=tuple(sources.values()),
+        sources=tuple(sources),
         skipped=dict(sorted(skipped.items())),
         skipped_examples=tuple(examples[:MAX_SKIPPED_EXAMPLES]),
         unread=dict(sorted(unread.items())),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let import __version__
+from megatron_let.data.document_map import DocumentMap
 from megatron_let.data.encoding import EncodedBlock, EncodingRules
 from megatron_let.data.indexed_writer import IndexedWriter, WriterState
 from megatron_let.data.listing import SkippedListing
@@ -117,12 +118,15 @@ class _Pair:
     name: str
     """What follows the output prefix in its data path."""
     writer: IndexedWriter
+    document_map: DocumentMap | None = None
     max_token_id: int = 0
     text_bytes: int = 0
     eod_in_text: int = 0
     subsets: dict[str, SubsetCount] = field(default_factory=dict)
 
-    def add(self, part: EncodedPart) -> None:
+    def add(self, part: EncodedPart, source: int) -> None:
+        if self.document_map is not None:
+            self.document_map.add(source, part.places)
         self.writer.add_documents(part.tokens, part.lengths, part.sequence_counts)
         self.max_token_id = max(self.max_token_id, part.max_token_id)
         self.text_bytes += part.text_bytes
@@ -144,6 +148,7 @@ class _Pair:
             "eod_in_text": self.eod_in_text,
             "subsets": {name: asdict(count) for name, count in self.subsets.items()},
             "writer": asdict(self.writer.sync()),
+            **({} if self.document_map is None else {"map": self.document_map.sync()}),
         }
 
 
@@ -179,8 +184,8 @@ class Outputs:
         for key in () if rules.split_by_subset else rules.json_keys:
             _require_usable(f"{prefix}{_whole_name(key)}")
 
-    def add(self, block: EncodedBlock, policy: ErrorPolicy) -> None:
-        """Append a block's documents and count its records.
+    def add(self, block: EncodedBlock, policy: ErrorPolicy, source: int) -> None:
+        """Append a block's documents and count its records; `source` is the place of its file among the sources.
 
         Raises:
             ConfigError: by `policy` the run must not go on, or there are too many subsets.
@@ -190,7 +195,7 @@ class Outputs:
                 self.listing.add(key, block.path, block.skipped[key].listed)
             account.add(block, key, policy)
         for part in block.parts:
-            self._pair_of(part.key, part.subset).add(part)
+            self._pair_of(part.key, part.subset).add(part, source)
 
     def state(self) -> dict[str, Any]:
         """Bring everything to the disk and return it in JSON values."""
@@ -209,7 +214,9 @@ class Outputs:
         """
         if state["accounts"].keys() != self.accounts.keys():
             raise ValueError("accounts of other keys")
-        for saved in state["pairs"]:
+        for noted in state["pairs"]:
+            saved = dict(noted)
+            map_state = saved.pop("map") if self._rules.map_documents else None
             require_fields(_SavedPair, saved)
             key, subset = saved["key"], saved["subset"]
             if key not in self.accounts or (key, subset) in self._pairs:
@@ -224,7 +231,9 @@ class Outputs:
                 self._stem(len(self._pairs)), self._rules.dtype, WriterState(**saved["writer"])
             )
             values = {**saved, "subsets": counts, "writer": writer}
-            self._pairs[saved["key"], saved["subset"]] = _Pair(**values)
+            pair = self._pairs[key, subset] = _Pair(**values)
+            if map_state is not None:
+                pair.document_map = DocumentMap(writer.stem, map_state)
         if self.listing is not None:
             self.listing.take_up(state["listing"])
         for key, saved in state["accounts"].items():
@@ -247,6 +256,8 @@ class Outputs:
         done: list[tuple[Path, str, Manifest]] = []
         for pair in self._pairs.values():
             manifest = self._manifest_of(pair, tokenizer, origin)
+            if pair.document_map is not None:
+                pair.document_map.complete()
             write_manifest(str(pair.writer.stem), manifest)
             done.append((pair.writer.stem, pair.name, manifest))
         return done
@@ -260,6 +271,8 @@ class Outputs:
         """Close all files."""
         for pair in self._pairs.values():
             pair.writer.close()
+            if pair.document_map is not None:
+                pair.document_map.close()
         if self.listing is not None:
             self.listing.close()
 
@@ -277,8 +290,9 @@ class Outputs:
             )
         name = self._name_of(key, subset)
         _require_usable(f"{self._prefix}{name}")
-        writer = IndexedWriter(self._stem(len(self._pairs)), self._rules.dtype)
-        return _Pair(key, subset, name, writer)
+        stem = self._stem(len(self._pairs))
+        writer = IndexedWriter(stem, self._rules.dtype)
+        return _Pair(key, subset, name, writer, DocumentMap(stem) if self._rules.map_documents else None)
 
     def _name_of(self, key: str, subset: str | None) -> str:
         """Return what follows the output prefix in the name of the next pair."""

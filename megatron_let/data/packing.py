@@ -53,6 +53,8 @@ class EncodedPart:
     text_bytes: int
     eod_in_text: int
     """How often eod came out of a text itself: an end-of-text marker written out there."""
+    places: bytes
+    """int64 [documents, 2], record and byte in the source, where the rules ask for it."""
     subset_counts: Mapping[str, SubsetCount]
     """By the name found, whether or not the output is split; documents without a name are under the empty string."""
 
@@ -70,6 +72,7 @@ class PackingRules:
     """Numpy name of the type that ids are written in."""
     append_eod: bool
     eod: int
+    with_places: bool = False
 
 
 def pack(
@@ -113,6 +116,7 @@ def pack(
         max_token_id=max_token_id,
         text_bytes=sum(document.num_bytes for document in kept),
         eod_in_text=_count(encoded.ids, rules.eod),
+        places=_places(kept) if rules.with_places else b"",
         subset_counts=_subset_counts(kept, tokens_of_each.tolist()),
     )
     return part, empty
@@ -157,6 +161,10 @@ def _with_eod(tokens: _Ids, ends: _IntArray, eod: int) -> bytes:
     result[is_token] = tokens
     result[~is_token] = eod
     return result.tobytes()
+
+
+def _places(documents: Sequence[Document]) -> bytes:
+    return np.array([(document.record, document.byte) for document in documents], dtype=np.int64).tobytes()
 
 
 def _subset_counts(documents: Sequence[Document], num_tokens: Sequence[int]) -> dict[str, SubsetCount]:

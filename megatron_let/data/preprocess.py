@@ -114,6 +114,7 @@ class _Run:
             replace_invalid_utf8=settings.invalid_utf8 == "replace",
             excluded_subsets=settings.excluded_subsets,
             list_skipped=settings.list_skipped,
+            map_documents=settings.map_documents,
         )
         self._input_rules = InputRules(
             input_format=settings.input_format,
@@ -182,7 +183,7 @@ class _Run:
         del first  # it may be a document of 128 MiB
         for block in map_in_order(encode, items, settings.workers, size_of=_size_of):
             with self._writing():
-                outputs.add(block, self._policy)
+                outputs.add(block, self._policy, len(reading.finished))
                 reading.advance(block)
                 if time.monotonic() - committed >= settings.commit_seconds:
                     self._commit(arguments)

@@ -28,6 +28,7 @@ class PreprocessSettings:
     """Records after which nothing more is read."""
     shard: Shard | None = None
     """Which part of the files to take."""
+    map_documents: bool = False
     list_skipped: bool = False
     max_document_bytes: int = 128 << 20
     invalid_utf8: str = "skip"

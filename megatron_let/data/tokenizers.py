@@ -30,6 +30,8 @@ TOKENIZER_TYPES = ("HuggingFaceTokenizer", "GPT2BPETokenizer", *SENTENCEPIECE_TY
 
 # megatron.core's own mark for "no pad token in the data": no label equals it, so no loss is masked.
 NO_PAD = -1
+NO_EOD = -1
+"""The eod of a tokenizer that has none; no id equals it."""
 GPT2_END_OF_TEXT = "<|endoftext|>"
 # Gaps between ids are rows of the embedding that nothing trains: some are usual, billions are a mistake.
 _IDS_PER_TOKEN, _FREE_IDS = 16, 1 << 16
@@ -96,7 +98,12 @@ class HuggingFaceTokenizer(Tokenizer):
     tokenizer_type = "HuggingFaceTokenizer"
 
     def __init__(
-        self, name_or_path: str, *, encode_special_tokens: bool = False, without_torch: bool = False
+        self,
+        name_or_path: str,
+        *,
+        encode_special_tokens: bool = False,
+        without_torch: bool = False,
+        needs_eod: bool = True,
     ) -> None:
         self._tokenizer = hf_directory.load_auto_tokenizer(name_or_path, without_torch=without_torch)
         self._encoder = directory_encoder(self._tokenizer, name_or_path)
@@ -104,7 +111,7 @@ class HuggingFaceTokenizer(Tokenizer):
             _take_special_tokens_as_text(self._encoder, name_or_path)
         self.name = _absolute(name_or_path)
         self.vocab_size = _largest_id(hf_directory.token_to_id_of(self._tokenizer), self.name) + 1
-        self.eod = _require_eod(hf_directory.end_of_document_id_of(self._tokenizer), self.name)
+        self.eod = _eod_of(hf_directory.end_of_document_id_of(self._tokenizer), self.name, needs_eod)
         self.pad = _pad_or_none(self._tokenizer.pad_token_id, self.eod)
         self.facts = facts_of_hf_tokenizer(self._tokenizer, self._encoder)
 
@@ -145,16 +152,16 @@ class GPT2BPETokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece .model file; Megatron's three names for it give the same ids. eod is its eos."""
 
-    def __init__(self, model_file: str, tokenizer_type: str) -> None:
+    def __init__(self, model_file: str, tokenizer_type: str, *, needs_eod: bool = True) -> None:
         self.tokenizer_type = tokenizer_type
         self.name = _absolute(model_file)
         self._encoder = _load_sentencepiece(model_file)
         processor = self._encoder.processor
         self.vocab_size = processor.get_piece_size()
-        self.eod = _require_eod(_known(processor.eos_id()), self.name)
+        self.eod = _eod_of(_known(processor.eos_id()), self.name, needs_eod)
         self.pad = _pad_or_none(_known(processor.pad_id()), self.eod)
         token_to_id = {processor.id_to_piece(index): index for index in range(self.vocab_size)}
-        special_ids = document_special_ids(eos=self.eod, bos=_known(processor.bos_id()))
+        special_ids = document_special_ids(eos=_known(self.eod), bos=_known(processor.bos_id()))
         self.facts = TokenizerFacts(token_to_id, special_ids, self._encoder)
 
     def batch_encoder(self) -> BatchEncoder:
@@ -196,12 +203,14 @@ def build_tokenizer(
     vocab_size: int | None = None,
     encode_special_tokens: bool = False,
     without_torch: bool = False,
+    needs_eod: bool = True,
 ) -> Tokenizer:
     """Build the tokenizer that Megatron-LM's flags of the same names describe.
 
     encode_special_tokens: encode a special token that is written out in a text as the ordinary text it is, instead
     of taking it for the real one, as Megatron-LM does. SentencePiece models never take it for one.
     without_torch: see `hf_directory.load_auto_tokenizer`; never for training.
+    needs_eod: refuse a tokenizer without eos, whose eod is otherwise NO_EOD; never False for training.
 
     Raises:
         ConfigError: unknown type, a flag that the type needs is absent, a missing or broken file, no eos, special
@@ -212,6 +221,7 @@ def build_tokenizer(
             _given(tokenizer_model, "--tokenizer-model", tokenizer_type),
             encode_special_tokens=encode_special_tokens,
             without_torch=without_torch,
+            needs_eod=needs_eod,
         )
     if tokenizer_type == "GPT2BPETokenizer":
         return GPT2BPETokenizer(
@@ -221,7 +231,9 @@ def build_tokenizer(
         )
     if tokenizer_type in SENTENCEPIECE_TYPES:
         return SentencePieceTokenizer(
-            _given(tokenizer_model, "--tokenizer-model", tokenizer_type), tokenizer_type
+            _given(tokenizer_model, "--tokenizer-model", tokenizer_type),
+            tokenizer_type,
+            needs_eod=needs_eod,
         )
     if tokenizer_type == "NullTokenizer":
         if vocab_size is None or vocab_size < 1:
@@ -292,7 +304,9 @@ def _largest_id(token_to_id: Mapping[str, int], name: str) -> int:
     return largest
 
 
-def _require_eod(token_id: int | None, name: str) -> int:
+def _eod_of(token_id: int | None, name: str, needs_eod: bool) -> int:
+    if token_id is None and not needs_eod:
+        return NO_EOD
     if token_id is None:
         raise ConfigError(
             f"tokenizer {name} has no eos token, so documents have no end: set eos_token in its files"

@@ -13,7 +13,12 @@ from megatron_let.errors import ConfigError
 from tests.data.runs import WriteJsonl, documents, good, one, run
 from tests.data.stopped_runs import TOKENIZER, Stopped, digests, lines, settings_for, stop_after, whole_run
 
-CHOICES: dict[str, Any] = {"list_skipped": True, "excluded_subsets": ("GitHub",), "limit": 1_900}
+CHOICES: dict[str, Any] = {
+    "list_skipped": True,
+    "map_documents": True,
+    "excluded_subsets": ("GitHub",),
+    "limit": 1_900,
+}
 
 
 def listed(prefix: Path, key: str = "text") -> list[dict[str, Any]]:
@@ -117,7 +122,7 @@ def test_a_run_with_all_of_it_is_the_same_from_every_chunk_on(
     inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = whole_run(tmp_path / "whole" / "out", inputs, **CHOICES)
-    assert "out_text_skipped.jsonl" in expected
+    assert {"out_text_skipped.jsonl", "out_text_document.map.npy"} <= expected.keys()
     (tmp_path / "stopped").mkdir()
     settings = settings_for(tmp_path / "stopped" / "out", inputs, **CHOICES)
     num_stops = 0
@@ -143,6 +148,7 @@ def test_a_stopped_run_goes_on_with_the_same_choices_only(
     undo()
     for name, flag in (
         ("limit", "--limit"),
+        ("map_documents", "--document-map"),
         ("list_skipped", "--skipped-file"),
         ("excluded_subsets", "--exclude-subset"),
     ):

@@ -118,8 +118,9 @@ def test_a_run_goes_on_with_another_number_of_workers_and_encoder(
     stopped_run(settings_for(prefix, inputs), 40, monkeypatch)
     said: list[str] = []
     changes = {"workers": 2, "encoder": "plain", "log_interval": 7, "on_error": "skip"}
-    preprocess(settings_for(prefix, inputs, **changes), TOKENIZER, said.append)
+    (manifest,) = preprocess(settings_for(prefix, inputs, **changes), TOKENIZER, said.append).values()
     assert said[0].startswith("going on after 0.")
+    assert said[-1].startswith(f"processed {manifest.records:,} records, 100.0 %")
     assert digests(tmp_path / "stopped") == expected
 
 

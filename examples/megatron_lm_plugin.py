@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from megatron_let.let import (
     default_student_layer,
     load_hf_teacher,
     resolve_stop,
+    with_bos,
 )
 from megatron_let.mcore.layer_tap import find_layer
 from megatron_let.training.alignment import AlignmentReport
 from megatron_let.training.attach import AttachedLet, ForwardStep, HostLoop, attach_let
+from megatron_let.training.teacher_bos import bos_of_directory
 
 
 def add_let_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -35,6 +38,12 @@ def add_let_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--let-stop-iters", type=int, help="S_stop; default: 15 %% of --train-iters")
     group.add_argument("--let-student-layer", type=int, help="k; default: an eighth of the layers")
     group.add_argument("--let-teacher-layer", type=int, help="1-based; default: the last, after its norm")
+    group.add_argument(
+        "--let-teacher-bos",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="before each of the teacher's segments; auto: as its tokenizer does",
+    )
     group.add_argument("--let-eod", type=int, help="id of the end of document, for --reset-attention-mask")
     return parser
 
@@ -109,9 +118,10 @@ def _student_layer() -> int:
 
 def _load_teacher(device: torch.device) -> Teacher:
     args = get_args()
-    return load_hf_teacher(
+    teacher = load_hf_teacher(
         args.let_teacher_load, layer=args.let_teacher_layer, dtype=args.params_dtype, device=device
     )
+    return with_bos(teacher, bos_of_directory(Path(args.let_teacher_load), args.let_teacher_bos))
 
 
 def _print_report(iteration: int, weight: float, report: AlignmentReport) -> None:

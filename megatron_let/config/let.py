@@ -46,6 +46,9 @@ class LetConfig:
     let_teacher_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number type of the teacher. auto: the student's compute type."""
 
+    let_teacher_bos: Literal["auto", "on", "off"] = "auto"
+    """Beginning-of-sequence token before each of the teacher's segments. auto: as its tokenizer does."""
+
     let_trust_remote_code: bool = False
     """Run Python code that comes with the teacher's directory."""
 

@@ -1,5 +1,6 @@
 """LET on plain tensors: schedule, losses, projection, teacher, objective. Knows nothing of Megatron."""
 
+from megatron_let.let.bos_teacher import BosTeacher, with_bos
 from megatron_let.let.hf_teacher import load_hf_teacher
 from megatron_let.let.losses import AlignmentLoss, AlignmentSums, cosine_alignment
 from megatron_let.let.objective import AlignmentObjective, AlignmentTarget, add_alignment_gradient
@@ -12,6 +13,7 @@ __all__ = [
     "AlignmentObjective",
     "AlignmentSums",
     "AlignmentTarget",
+    "BosTeacher",
     "LetSchedule",
     "Teacher",
     "add_alignment_gradient",
@@ -21,4 +23,5 @@ __all__ = [
     "load_hf_teacher",
     "resolve_stop",
     "segment_states",
+    "with_bos",
 ]

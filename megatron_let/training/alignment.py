@@ -17,6 +17,7 @@ from megatron_let.let import (
     Teacher,
     add_alignment_gradient,
     segment_states,
+    with_bos,
 )
 from megatron_let.mcore.batch import context_parallel_slice, sequence_parallel_slice
 from megatron_let.mcore.finite import Norms
@@ -256,7 +257,8 @@ def build_alignment(
     def load() -> Teacher | None:
         if find_layer(student.gpt_chunks, record.student_layer) is None:
             return None
-        return load_apart(lambda: load_teacher(config, context), context.device)
+        teacher = load_apart(lambda: load_teacher(config, context), context.device)
+        return with_bos(teacher, record.teacher_bos)
 
     teacher = context.together(load)
     return Alignment(

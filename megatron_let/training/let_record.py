@@ -15,6 +15,7 @@ from megatron_let.exit_status import EXIT_STATUS_FILE
 from megatron_let.let import LetSchedule, default_student_layer, resolve_stop
 from megatron_let.let.schedule import DEFAULT_STOP_FRACTION
 from megatron_let.plain_json import shown
+from megatron_let.training.teacher_bos import teacher_bos
 from megatron_let.training.teachers import teacher_dtype, teacher_files
 
 # Files of a teacher directory that decide what it computes.
@@ -35,6 +36,8 @@ class LetRecord:
     projection: str
     teacher_dtype: str
     teacher_identity: str | None
+    teacher_bos: int | None = None
+    """Id before each of the teacher's segments; checkpoints that do not say it were trained without."""
 
     def schedule(self) -> LetSchedule:
         """Return the weight over the iterations."""
@@ -68,7 +71,7 @@ def reconcile(
     """Return the record a resumed run goes on with.
 
     A stop given as a fraction keeps the absolute iteration it was resolved to when the run began, so that a longer
-    `--train-iters` does not move it. Once S_stop has passed, the teacher itself is not compared: it may be gone.
+    `--train-iters` does not move it, and the teacher's bos stays what it was unless the flag says otherwise. Once S_stop has passed, the teacher itself is not compared: it may be gone.
 
     Raises:
         ConfigError: a setting differs from the checkpoint's and `--let-override` is not given.
@@ -83,13 +86,16 @@ def reconcile(
             f"the checkpoint was trained {was} a LET teacher and this run goes on {now} one; "
             "give the same --let-* flags, or --let-override to accept the change"
         )
+    saved = {"teacher_bos": None, **saved}
     values = current.to_dict()
+    if let.let_teacher_bos == "auto":
+        values["teacher_bos"] = saved["teacher_bos"]
     if values["stop_iteration"] == saved["stop_iteration"]:
         values["stop_fraction"] = saved["stop_fraction"]  # the same iteration, said in another way
     elif saved["stop_fraction"] is not None and saved["stop_fraction"] == values["stop_fraction"]:
         values["stop_iteration"] = saved["stop_iteration"]
     if completed_iterations >= saved["stop_iteration"]:
-        values["teacher_identity"] = saved["teacher_identity"]
+        values |= {name: saved[name] for name in ("teacher_identity", "teacher_bos")}
     elif values["teacher_identity"] is None and saved["teacher_identity"] is not None:
         raise ConfigError(
             f"--let-teacher-load {let.let_teacher_load} holds no teacher, which the run needs until iteration "
@@ -143,6 +149,7 @@ def record_of_run(config: RunConfig, saved: dict[str, Any] | None, total_iterati
             projection=let.let_projection,
             teacher_dtype=str(teacher_dtype(config)).removeprefix("torch."),
             teacher_identity=None if files is None else teacher_identity(files),
+            teacher_bos=None if files is None else teacher_bos(config),
         )
     if saved is None or config.checkpoint.finetune:
         return current

@@ -29,7 +29,8 @@ def _let(config: RunConfig, context: ParallelContext, student: Student, record: 
     is_here = find_layer(student.gpt_chunks, record.student_layer) is not None
     stage = next(rank for rank in context.gather(context.pp_rank if is_here else None) if rank is not None)
     depth = "last layer" if record.teacher_layer is None else f"layer {record.teacher_layer}"
+    bos = "" if record.teacher_bos is None else f", bos {record.teacher_bos} before each segment"
     return (
         f"LET: student layer {record.student_layer} of {config.transformer.num_layers} on pipeline stage {stage}, "
-        f"weight {record.weight} to 0 at iteration {record.stop_iteration}, {depth} of teacher {config.let.let_teacher_load}"
+        f"weight {record.weight} to 0 at iteration {record.stop_iteration}, {depth} of teacher {config.let.let_teacher_load}{bos}"
     )

@@ -57,7 +57,7 @@ def require_run(run: dict[str, Any], directory: Path) -> None:
         _require_settings(run["config"])
         require_vocabulary(run)
         if run["let"] is not None:
-            require_fields(LetRecord, run["let"])
+            require_fields(LetRecord, {"teacher_bos": None, **run["let"]})
         if run.get("data") is not None:
             require_fields(DataRecord, run["data"])
             if any(len(entry) != _ORIGIN for entry in run["data"]["order"]):

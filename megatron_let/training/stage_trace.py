@@ -13,7 +13,7 @@ import torch
 from megatron_let.config.batches import padded_vocab_size
 from megatron_let.config.run_config import RunConfig
 from megatron_let.errors import ConfigError
-from megatron_let.let import AlignmentObjective, AlignmentSums, LetSchedule, Teacher
+from megatron_let.let import AlignmentObjective, AlignmentSums, LetSchedule, Teacher, with_bos
 from megatron_let.let.hf_files import read_config
 from megatron_let.let.hf_teacher import empty_hf_teacher
 from megatron_let.let.losses import cosine_alignment
@@ -42,6 +42,7 @@ from megatron_let.training.checkpoint_files import newest_iteration_directory
 from megatron_let.training.forward_step import ForwardStep
 from megatron_let.training.let_record import student_layer_of_run
 from megatron_let.training.megatron_teacher import MegatronTeacher
+from megatron_let.training.teacher_bos import teacher_bos
 from megatron_let.training.teachers import teacher_dtype, teacher_format
 
 # Marks no token as the end of a document.
@@ -169,8 +170,9 @@ def _with_teacher(
 ) -> tuple[StageMemory, TracedTeacher]:
     """Return the memory of the stage with the teacher on it, and what the teacher is."""
     length, flight = config.model.seq_length, _Flight()
+    bos = teacher_bos(config)
     with traced() as tracer:
-        teacher = planned_teacher(config)
+        teacher = with_bos(planned_teacher(config), bos)
         length_read = min(length, teacher.context_length or length)
         tracer.flops = 0.0
         states = teacher.states(torch.zeros(1, length_read, dtype=torch.long, device=META))  # [1, l, d_t]

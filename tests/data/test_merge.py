@@ -147,6 +147,7 @@ def test_lengths_that_add_up_beyond_32_bits_are_taken(tmp_path: Path) -> None:
         ),
         ({"eod": 5}, r"differ in their tokenizers, .*: eod \d+ and 5; one data set needs one"),
         ({"append_eod": False}, "differ in append_eod"),
+        ({"encoding_fingerprint": "1:bb"}, "differ in their tokenizers, .*: encoding_fingerprint aa and bb"),
         ({"vocab_size": 401}, r"differ in their tokenizers, .*: vocab_size 400 and 401"),
         ({"tokens": 99}, "belongs to other files"),
         ({"bin_sha256": "cd" * 32}, r"b\.bin is not the file that its manifest describes"),
@@ -155,7 +156,7 @@ def test_lengths_that_add_up_beyond_32_bits_are_taken(tmp_path: Path) -> None:
 def test_pairs_that_are_not_one_data_set_are_refused(
     prefixes: list[str], tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    write_manifest(prefixes[0], manifest_for(prefixes[0]))
+    write_manifest(prefixes[0], manifest_for(prefixes[0], encoding_fingerprint="1:aa"))
     write_manifest(prefixes[1], manifest_for(prefixes[1], **changes))
     with pytest.raises(ConfigError, match=message):
         merged(prefixes, tmp_path / "out")

@@ -116,7 +116,8 @@ def test_data_made_with_another_tokenizer(prefix: Path, tokenizers: dict[str, Pa
         "--vocab-size": False,
     }
     message = refusal(pool, {**words, "--tokenizer-model": tokenizers["swapped"]})
-    assert f"was made with tokenizer {tokenizers['usual']}" in message
+    assert f"were made with {tokenizers['usual']}" in message
+    assert "other ids: 2 (first 'w1': 0 and 1) (the one given first)" in message
     assert f"not with {tokenizers['swapped']}" in message
     result = run(pool, {**words, "--tokenizer-model": tokenizers["usual"]}, world_size=1)
     assert (result.code, [line for line in result.lines if line.startswith("WARNING")]) == (0, [])

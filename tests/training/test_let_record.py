@@ -24,7 +24,7 @@ RECORD = LetRecord(
     teacher_dtype="float32",
     teacher_identity="abc",
 )
-STRICT = LetConfig()
+STRICT = LetConfig(let_teacher_bos="on")
 OTHER: dict[str, Any] = {
     "student_layer": 3,
     "teacher_layer": 5,
@@ -34,6 +34,7 @@ OTHER: dict[str, Any] = {
     "projection": "linear",
     "teacher_dtype": "bfloat16",
     "teacher_identity": "xyz",
+    "teacher_bos": 1,
 }
 
 
@@ -78,6 +79,20 @@ def test_override_takes_each_setting_from_the_command_line(name: str) -> None:
     current = replace(RECORD, **{name: OTHER[name]})
     let = LetConfig(let_override=True)
     assert reconcile(RECORD.to_dict(), current, completed_iterations=5, let=let) == current
+
+
+def test_a_resumed_run_keeps_the_teachers_bos_unless_the_flag_says_otherwise() -> None:
+    """A checkpoint from before there was one was trained without."""
+    now, auto = replace(RECORD, teacher_bos=1), LetConfig()
+    assert reconcile(now.to_dict(), RECORD, completed_iterations=5, let=auto) == now
+    old = RECORD.to_dict()
+    del old["teacher_bos"]
+    assert reconcile(old, now, completed_iterations=5, let=auto) == RECORD
+    with pytest.raises(
+        ConfigError, match="LET setting teacher bos is 1 but the checkpoint was trained with None"
+    ):
+        reconcile(old, now, completed_iterations=5, let=STRICT)
+    assert reconcile(now.to_dict(), RECORD, completed_iterations=15, let=STRICT) == now  # the teacher is gone
 
 
 def test_turning_let_on_or_off_is_refused_unless_overridden() -> None:

@@ -57,13 +57,7 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
     is_guided = let_record is not None and let_record.schedule().is_active_at(start.iteration)
     needs_teacher = is_guided and not config.validation.skip_train
     check_data(config, tokenizer, context, needs_teacher=needs_teacher)
-    check_nodes(
-        config,
-        context,
-        tokenizer=tokenizer,
-        teacher=let_record if needs_teacher else None,
-        checkpoint=directory,
-    )
+    check_nodes(config, context, tokenizer, let_record if needs_teacher else None, directory)
     data_record = record_of_data(config, context)
     context.together(lambda: check_same_data(config, data_record, saved, directory))
     counts = usable_counts(config, sample_counts(config, end, start), context)
@@ -71,18 +65,14 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
     data_record = with_order(data_record, data)
     check_order_on_nodes(context, data_record)
     context.together(lambda: check_same_order(config, data, saved, directory))
-    divisor = config.model.make_vocab_size_divisible_by
-    padded = padded_vocab_size(tokenizer.vocab_size, divisor, context.tp_size)
-    student = build_student(config, context, vocab_size=tokenizer.vocab_size, padded_vocab_size=padded)
-    optimizer = build_optimizer(config, student)
-    parts = Parts(student, optimizer, build_lr_scheduler(config, optimizer), with_rng=True)
+    parts, padded = _build_parts(config, context, tokenizer.vocab_size)
     state = TrainingState()
     if directory is not None and saved is not None:
         state = load_checkpoint(directory, saved, config, context, parts)
     alignment = None
     if needs_teacher and let_record is not None:
-        alignment = build_alignment(config, context, student, let_record)
-    choices = resolved_choices(config, context, student, let_record)
+        alignment = build_alignment(config, context, parts.student, let_record)
+    choices = resolved_choices(config, context, parts.student, let_record)
     LOGGER.info(" | ".join(choices))
     record = RunRecord(let_record, data_record, choices, remembered)
     saver = None if config.checkpoint.save is None else CheckpointSaver(config, context, parts, record)
@@ -105,6 +95,15 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
         total_iterations=end,
     )
     return Trainer(run, state, stop)
+
+
+def _build_parts(config: RunConfig, context: ParallelContext, vocab_size: int) -> tuple[Parts, int]:
+    """Return student, optimizer and schedule, and the padded size of the vocabulary."""
+    divisor = config.model.make_vocab_size_divisible_by
+    padded = padded_vocab_size(vocab_size, divisor, context.tp_size)
+    student = build_student(config, context, vocab_size=vocab_size, padded_vocab_size=padded)
+    optimizer = build_optimizer(config, student)
+    return Parts(student, optimizer, build_lr_scheduler(config, optimizer), with_rng=True), padded
 
 
 def _start(config: RunConfig, saved: dict[str, Any] | None) -> TrainingState:

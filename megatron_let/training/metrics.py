@@ -11,9 +11,11 @@ from typing import Any, Protocol
 
 from megatron_let.config.logging import LoggingConfig
 from megatron_let.errors import ConfigError
+from megatron_let.regular_files import MIB, read_text
 from megatron_let.training.checkpoint_files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
+_LARGEST = 4096 * MIB
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def drop_rows_past(path: Path, iteration: int, *, keep_validation: bool = True) 
     With `keep_validation` False the validation at `iteration` goes too.
     """
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_text(path, errors="replace", limit=_LARGEST).splitlines():
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

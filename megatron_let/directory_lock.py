@@ -19,6 +19,7 @@ from pathlib import Path
 
 from megatron_let.errors import ConfigError
 from megatron_let.log import LOGGER
+from megatron_let.regular_files import require_regular
 
 LOCK_FILE = "run.lock"
 LOCK_WAIT_SECONDS = 30.0
@@ -108,6 +109,8 @@ def owner_of(path: Path) -> str:
 def _open(path: Path) -> int | None:
     """Open (or make) the lock file; None when the directory is not there or takes no files."""
     try:
+        if path.exists():
+            require_regular(path)
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # not passed on to programs that are started
     except OSError as problem:
         if problem.errno == errno.EROFS or not os.access(path.parent, os.W_OK) or not path.exists():

@@ -22,6 +22,7 @@ from megatron_let.errors import (
     EXIT_DONE,
     EXIT_PREEMPTED,
 )
+from megatron_let.regular_files import read_text
 
 EXIT_STATUS_FILE = "exit_status.json"
 # The launcher's directory for what its workers tell it; set for them, so its presence means "started by us".
@@ -111,7 +112,7 @@ def read_records(directory: str | os.PathLike[str]) -> dict[int, FailureRecord]:
     records = {}
     for path in Path(directory).glob("rank_*.json"):
         try:
-            fields = json.loads(path.read_text())
+            fields = json.loads(read_text(path))
             fields["pids"] = tuple(fields["pids"])
             record = FailureRecord(**fields)
         except (OSError, ValueError, TypeError, KeyError):
@@ -130,7 +131,7 @@ def announce_save_directory(save_directory: str | os.PathLike[str]) -> None:
 def announced_save_directory(directory: str | os.PathLike[str]) -> str | None:
     """Return what a worker announced to this launcher's directory."""
     try:
-        return Path(directory, _SAVE_DIRECTORY_NOTE).read_text()
+        return read_text(Path(directory, _SAVE_DIRECTORY_NOTE))
     except OSError:
         return None
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from megatron_let.regular_files import read_text
+
 _LONGEST_NUMBER = 40
 """Characters; what a program of this project writes is shorter."""
 
@@ -40,7 +42,7 @@ def read_json(path: Path) -> Any:
         OSError: it cannot be read.
         ValueError: as `parse_json`, or it is not UTF-8 text.
     """
-    return parse_json(path.read_text(encoding="utf-8"))
+    return parse_json(read_text(path))
 
 
 def is_name(text: str) -> bool:

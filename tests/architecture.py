@@ -24,6 +24,7 @@ WITHOUT_TORCH = frozenset(
         "exit_status",
         "entry",
         "plain_json",
+        "regular_files",
     }
 )
 FOUNDATION = WITHOUT_TORCH | {"__init__", "launch"}

@@ -34,6 +34,8 @@ from benchmark_measure import (
 from benchmark_report import Result, markdown, read_json, refresh, write_json
 from benchmark_shapes import SHAPES
 
+from megatron_let.regular_files import read_text
+
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER_KINDS = ("hf", "megatron")
 
@@ -136,7 +138,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> Result:
 def report(document: Path, directory: Path) -> None:
     """Make the tables of `document` anew from the JSON files in `directory`."""
     results = {path.name: read_json(path) for path in sorted(directory.glob("*.json"))}
-    document.write_text(refresh(document.read_text(encoding="utf-8"), results), encoding="utf-8")
+    document.write_text(refresh(read_text(document), results), encoding="utf-8")
     print(f"wrote {document}")
 
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmark_report import Cell
 
+from megatron_let.regular_files import read_text
 from megatron_let.testing.peak_memory import measured, peak_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,7 +167,7 @@ def _texts() -> Iterator[tuple[str, str]]:
     for root in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")):
         for path in sorted(Path(root).rglob("*.py")):
             try:
-                text = path.read_text(encoding="utf-8")
+                text = read_text(path)
             except (OSError, ValueError):
                 continue
             digest = hashlib.sha256(text.encode()).digest()

@@ -20,6 +20,7 @@ from megatron_let.config.derive import resolve
 from megatron_let.mcore.parallel import parallel_context
 from megatron_let.mcore.transformer_config import uses_transformer_engine
 from megatron_let.planning.flops import training_flops_per_token
+from megatron_let.regular_files import read_text
 from megatron_let.training.arguments import parse_arguments
 from megatron_let.training.build import build_trainer
 from megatron_let.training.evaluation import evaluate
@@ -74,7 +75,7 @@ class OurRun:
     def losses(self) -> list[float]:
         """Return the logged losses: means over the logging intervals."""
         path = Path(str(self._trainer.run.config.checkpoint.save), METRICS_FILE)
-        return [json.loads(line)["lm_loss"] for line in path.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line)["lm_loss"] for line in read_text(path).splitlines()]
 
     def export(self, path: Path, shape: GptShape, num_samples: int) -> None:
         """Write the weights and the first samples [num_samples, s + 1] for the bare loop (rank 0 writes)."""

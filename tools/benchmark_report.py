@@ -11,6 +11,8 @@ from pathlib import Path
 
 from benchmark_sides import StepTime
 
+from megatron_let.regular_files import read_text
+
 Cell = str | float | int | None
 Blocks = Sequence[Sequence[StepTime]]
 
@@ -74,7 +76,7 @@ def write_json(result: Result, path: Path) -> None:
 
 def read_json(path: Path) -> Result:
     """Read what `write_json` wrote."""
-    return Result(**json.loads(path.read_text(encoding="utf-8")))
+    return Result(**json.loads(read_text(path)))
 
 
 def markdown(result: Result) -> str:

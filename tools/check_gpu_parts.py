@@ -28,6 +28,7 @@ from check_gpu_rows import Rows, Setting, fusion_flags
 
 from megatron_let.optional import has_apex, has_fused_weight_gradient, has_transformer_engine
 from megatron_let.planning.flops import peak_flops
+from megatron_let.regular_files import read_text
 
 PLAN_RUN = Path(__file__).with_name("plan_run.py")
 WARM_UP, TIMED = 5, 10
@@ -160,7 +161,7 @@ def planned_memory(flags: Sequence[str], directory: Path) -> dict[str, int]:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"plan_run.py ended with {done.returncode}: {done.stderr.strip()[-200:]}")
-    (stage,) = json.loads(path.read_text(encoding="utf-8"))["stages"]
+    (stage,) = json.loads(read_text(path))["stages"]
     memory: dict[str, int] = stage["memory"]
     return memory
 
@@ -277,7 +278,7 @@ PARTS: Mapping[str, Callable[[Setting, Rows], None]] = {
 def main() -> int:
     """Run one part."""
     part, setting_file = sys.argv[1], Path(sys.argv[2])
-    setting = Setting(**json.loads(setting_file.read_text(encoding="utf-8")))
+    setting = Setting(**json.loads(read_text(setting_file)))
     rows = Rows(part, Path(setting.directory, f"{part}.json"))
     rows.guarded("the part", lambda: PARTS[part](setting, rows))
     return 0

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from megatron_let.regular_files import read_text
+
 PASSED, FAILED, MEASURED, NOT_RUN = "pass", "FAIL", "measured", "not run"
 
 
@@ -99,14 +101,14 @@ def read_rows(path: Path) -> list[Row]:
     if not path.exists():
         return []
     try:
-        return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        return [Row(**row) for row in json.loads(read_text(path))]
     except ValueError:  # killed while it wrote
         return []
 
 
 def last_words(log: Path) -> str:
     """Return the last line of a part's output."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(log, errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else "it said nothing"
 
 

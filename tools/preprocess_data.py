@@ -34,6 +34,7 @@ from megatron_let.data.subsets import parse_weights
 from megatron_let.data.tokenizer_flags import add_tokenizer_places, refuse_without_effect
 from megatron_let.data.tokenizers import TOKENIZER_TYPES, build_tokenizer
 from megatron_let.errors import ConfigError
+from megatron_let.regular_files import read_text
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -254,7 +255,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     if settings.split_by_subset:
         for key in settings.json_keys:
             blend = Path(f"{settings.output_prefix}_{key}_blend.txt")
-            yield f"--data-path {blend.read_text(encoding='utf-8').strip()}"
+            yield f"--data-path {read_text(blend).strip()}"
 
 
 def _interrupted(output_prefix: str) -> str:

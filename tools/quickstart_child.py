@@ -24,6 +24,7 @@ from typing import Any, TextIO
 
 from megatron_let.errors import LetError
 from megatron_let.lifetime import die_with_parent
+from megatron_let.regular_files import read_text
 
 _POLL_SECONDS = 0.5
 # How often a line is printed where lines cannot be written over (a file, a pipe).
@@ -180,7 +181,7 @@ def read_rows(metrics: Path) -> list[dict[str, Any]]:
     """Return the rows of a metrics.jsonl, a torn last line left out; none when there is no file yet."""
     rows = []
     with suppress(OSError):
-        for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in read_text(metrics, errors="replace").splitlines():
             with suppress(ValueError):
                 rows.append(json.loads(line))
     return rows
@@ -189,7 +190,7 @@ def read_rows(metrics: Path) -> list[dict[str, Any]]:
 def last_lines(log: Path, count: int) -> list[str]:
     """Return the last lines of a log that are not empty."""
     try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_text(log, errors="replace").splitlines()
     except OSError:
         return []
     return [line.rstrip() for line in lines if line.strip()][-count:]

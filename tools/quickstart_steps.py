@@ -21,6 +21,7 @@ from quickstart_report import MIN_PARAMETER_RATIO, transformer_parameters
 from megatron_let import __version__
 from megatron_let.config.command_line import read_yaml
 from megatron_let.errors import ConfigError
+from megatron_let.regular_files import read_bytes, read_text
 from megatron_let.training.checkpoint_files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,14 +61,14 @@ class Step:
 
     def key(self) -> str:
         """Return a digest of all that goes into this step and the steps that it needs."""
-        files = [hashlib.sha256((ROOT / path).read_bytes()).hexdigest() for path in self.inputs]
+        files = [hashlib.sha256(read_bytes(ROOT / path)).hexdigest() for path in self.inputs]
         parts = [self.commands, files, self.versions, [step.key() for step in self.needs]]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def stamp(self) -> dict[str, Any]:
         """Return what an earlier call noted: `key`, `seconds`, `is_done`; empty when there is nothing."""
         try:
-            return dict(json.loads((ROOT / self.directory / STAMP).read_text(encoding="utf-8")))
+            return dict(json.loads(read_text(ROOT / self.directory / STAMP)))
         except (OSError, ValueError):
             return {}
 

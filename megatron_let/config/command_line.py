@@ -6,7 +6,6 @@ import argparse
 import difflib
 import re
 from collections.abc import Hashable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
@@ -16,6 +15,7 @@ from megatron_let.config.setting import Setting
 from megatron_let.config.values import value_from_words, value_from_yaml
 from megatron_let.errors import ConfigError
 from megatron_let.plain_json import is_name, shown
+from megatron_let.regular_files import read_text
 
 _NUMBER = re.compile(r"-(\d|\.\d)")
 _LONGEST_NAME = 100
@@ -111,7 +111,7 @@ def occurrence_of_yaml(key: str, value: Any) -> Occurrence:
 def read_yaml(path: str) -> dict[str, Any]:
     """Return the mapping in a config file; raise ConfigError when it cannot be read as one."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path)
     except OSError as problem:
         raise ConfigError(f"--config {path} cannot be read: {problem.strerror or problem}") from problem
     except UnicodeDecodeError as problem:

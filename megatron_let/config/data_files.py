@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from megatron_let.errors import ConfigError
 from megatron_let.plain_json import is_name, parse_json, shown
+from megatron_let.regular_files import read_text
 
 _SPLITS = {"train": "train_data_path", "valid": "valid_data_path", "test": "test_data_path"}
 
@@ -81,7 +81,7 @@ def _checked(flag: str, path: str, words: Iterable[str]) -> Iterator[str]:
 
 def _read(flag: str, path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_text(path)
     except OSError as problem:
         raise ConfigError(f"{flag} {path} cannot be read: {problem.strerror or problem}") from problem
     except UnicodeDecodeError as problem:

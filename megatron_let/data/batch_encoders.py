@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_let.data.sentencepiece_model import is_unigram
+from megatron_let.regular_files import read_bytes
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def join_encoded(pieces: Sequence[EncodedTexts]) -> EncodedTexts:
 def _content_of(setting: object) -> str:
     """Return the digest of the file that a setting names, wherever that lies; of another setting what it is."""
     if isinstance(setting, str) and Path(setting).is_file():
-        return hashlib.sha256(Path(setting).read_bytes()).hexdigest()
+        return hashlib.sha256(read_bytes(setting)).hexdigest()
     return repr(setting)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_let.regular_files import open_regular
+
 _BLOCK_BYTES = 1 << 24
 _SAMPLE_BYTES = 1 << 16
 
@@ -28,7 +30,7 @@ def sha256_while_reading(
     Raises:
         OSError: the file cannot be read.
     """
-    with Path(path).open("rb") as stream:
+    with open_regular(path) as stream:
         return sha256_of_stream(stream, take, block_bytes)
 
 
@@ -50,7 +52,7 @@ def add_samples(digest: hashlib._Hash, path: Path, samples: int) -> None:
         OSError: the file cannot be read.
     """
     last = max(0, path.stat().st_size - _SAMPLE_BYTES)
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         for index in range(samples):
             stream.seek(last * index // (samples - 1))
             digest.update(stream.read(_SAMPLE_BYTES))

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_let.errors import ConfigError, MissingFilesError
 from megatron_let.plain_json import shown
+from megatron_let.regular_files import require_regular_files
 
 # Any one of these makes a directory a tokenizer directory.
 TOKENIZER_FILES = (
@@ -46,6 +47,8 @@ def load_auto_tokenizer(name_or_path: str, *, without_torch: bool = False) -> An
         raise MissingFilesError(
             f"no tokenizer in directory {name_or_path}: expected tokenizer.json or tokenizer_config.json"
         )
+    if is_directory:
+        _require_regular_files(name_or_path)
     if os.path.isfile(name_or_path):
         raise ConfigError(
             f"{name_or_path} is a file: HuggingFaceTokenizer takes a directory "
@@ -65,6 +68,15 @@ def load_auto_tokenizer(name_or_path: str, *, without_torch: bool = False) -> An
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _require_regular_files(directory: str) -> None:
+    try:
+        require_regular_files(directory, suffixes=(".json", ".jinja", ".model", ".txt", ".tiktoken"))
+    except OSError as problem:
+        raise ConfigError(
+            f"cannot load the tokenizer in {directory}: {problem.filename}: {problem.strerror}"
+        ) from problem
 
 
 def _read(name_or_path: str) -> Any:

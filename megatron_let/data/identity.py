@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from megatron_let.data.manifest import read_manifest
+from megatron_let.regular_files import open_regular
 
 _BLOCK_BYTES = 1 << 16
 _MAX_BLOCKS = 1024
@@ -28,7 +29,7 @@ def data_identity(prefix: str) -> str:
     digest = hashlib.sha256(f"{Path(f'{prefix}.bin').stat().st_size} {index_size} {stated} ".encode())
     num_blocks = -(-index_size // _BLOCK_BYTES)
     num_read = min(num_blocks, _MAX_BLOCKS)
-    with index_path.open("rb") as stream:
+    with open_regular(index_path) as stream:
         for number in range(num_read):
             stream.seek(number * num_blocks // num_read * _BLOCK_BYTES)
             digest.update(stream.read(_BLOCK_BYTES))

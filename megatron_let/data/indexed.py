@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_let.errors import ConfigError
+from megatron_let.regular_files import open_regular
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -85,7 +86,7 @@ def read_header(prefix: str) -> IndexHeader:
         ConfigError: a file of the pair is missing, or PREFIX.idx is no index or cut off.
     """
     index_path, _ = _require_files(prefix)
-    with index_path.open("rb") as stream:
+    with open_regular(index_path) as stream:
         header = _read_header(stream, index_path)
     _check_index_size(header, index_path, index_path.stat().st_size)
     return header
@@ -100,7 +101,7 @@ def check_indexed(prefix: str) -> IndexedSummary:
     header = read_header(prefix)
     index_path, data_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     data_size = data_path.stat().st_size
-    with index_path.open("rb") as stream:
+    with open_regular(index_path) as stream:
         if header.sequences == 0 or header.bounds < 2 or data_size == 0:
             raise ConfigError(f"{prefix} holds no tokens: the data set is empty")
         length, pointer, first_bound, last_bound = _read_ends(stream, header)
@@ -133,7 +134,7 @@ def max_token_id(prefix: str) -> int:
     summary = check_indexed(prefix)
     dtype = np.dtype(summary.dtype)
     largest = 0
-    with Path(f"{prefix}.bin").open("rb") as stream:
+    with open_regular(f"{prefix}.bin") as stream:
         while block := stream.read(_SCAN_BYTES):
             ids = np.frombuffer(block, dtype=dtype)
             if int(ids.min()) < 0:
@@ -166,7 +167,7 @@ def read_document(prefix: str, document: int) -> Any:
     if not 0 <= document < summary.documents:
         raise ConfigError(f"{prefix} has documents 0 to {summary.documents - 1}, not {document}")
     size = summary.tokens * header.width
-    with Path(f"{prefix}.idx").open("rb") as index, Path(f"{prefix}.bin").open("rb") as data:
+    with open_regular(f"{prefix}.idx") as index, open_regular(f"{prefix}.bin") as data:
         first, last = _unpack(index, header.bounds_at + BOUND_BYTES * document, "<qq")
         if not 0 <= first <= last <= summary.sequences:
             raise ConfigError(

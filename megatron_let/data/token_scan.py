@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_let.data.byte_progress import ByteProgress
 from megatron_let.data.index_tables import IndexTables
+from megatron_let.regular_files import open_regular
 
 _BLOCK_BYTES = 1 << 26
 
@@ -69,7 +69,7 @@ def scan_tokens(tables: IndexTables, searched: Searched, progress: ByteProgress)
     all_ends = _last_tokens(tables) if searched.eod is not None else iter(())
     waiting = np.empty(0, dtype=np.int64)
     position = 0
-    with Path(f"{tables.prefix}.bin").open("rb") as stream:
+    with open_regular(f"{tables.prefix}.bin") as stream:
         while block := stream.read(_BLOCK_BYTES):
             digest.update(block)
             ids = np.frombuffer(block, dtype=tables.header.dtype)

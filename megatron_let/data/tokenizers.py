@@ -24,6 +24,7 @@ from megatron_let.data.directory_encoder import directory_encoder
 from megatron_let.data.fingerprint import document_special_ids
 from megatron_let.data.tokenizer_facts import TokenizerFacts, facts_of_hf_tokenizer
 from megatron_let.errors import ConfigError, MissingFilesError
+from megatron_let.regular_files import read_bytes
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "GPT2BPETokenizer", *SENTENCEPIECE_TYPES, "NullTokenizer")
@@ -279,7 +280,7 @@ def _load_sentencepiece(model_file: str) -> SentencePieceEncoder:
     if not os.path.isfile(model_file):
         raise MissingFilesError(f"SentencePiece model {model_file} is not a file")
     try:
-        return SentencePieceEncoder(Path(model_file).read_bytes())
+        return SentencePieceEncoder(read_bytes(model_file))
     except (RuntimeError, OSError) as error:
         raise ConfigError(
             f"cannot load the SentencePiece model {model_file}: {hf_directory.first_line(error)}"

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 from megatron_let.errors import ConfigError
 from megatron_let.plain_json import fits, is_name, read_json, shown
+from megatron_let.regular_files import require_regular_files
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+SMALL_FILES = (".json", ".jinja", ".model", ".txt", ".py")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 
 
@@ -42,6 +44,12 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
         raise config_error(directory, "is not a Hugging Face model: it has no config.json")
     from transformers import AutoConfig
 
+    try:
+        require_regular_files(directory, suffixes=SMALL_FILES)
+    except OSError as problem:
+        raise config_error(
+            directory, f"holds a {Path(str(problem.filename)).name} that cannot be read", problem
+        ) from problem
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(

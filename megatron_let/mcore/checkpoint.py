@@ -41,6 +41,7 @@ from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.mcore.safe_pickle import Refused, refusals
 from megatron_let.mcore.torch_file import load_torch_file
 from megatron_let.plain_json import read_json
+from megatron_let.regular_files import open_regular
 
 # Keys of the small, unsharded part; Megatron-LM uses the first two likewise.
 ITERATION = "iteration"
@@ -79,7 +80,7 @@ def load_common(directory: Path) -> dict[str, Any]:
         if read_json(directory / "metadata.json") != _FORMAT:
             raise Refused("names another format than torch_dist")
     path = directory / "common.pt"
-    with refusals(path), path.open("rb") as stream:
+    with refusals(path), open_regular(path) as stream:
         common = load_torch_file(stream)
         if type(common) is not dict or type(common.get(RUN, {})) is not dict:
             raise Refused("holds something else than a table of values")

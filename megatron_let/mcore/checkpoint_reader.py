@@ -25,6 +25,7 @@ from megatron_let.errors import ConfigError, LetError
 from megatron_let.mcore.dcp_metadata import read_metadata
 from megatron_let.mcore.safe_pickle import refusals
 from megatron_let.mcore.torch_file import check_torch_file, load_torch_file
+from megatron_let.regular_files import open_regular
 
 
 class FilePart(io.RawIOBase):
@@ -135,7 +136,7 @@ def check_objects(directory: Path) -> None:
     for name in names:
         info = metadata.storage_data[MetadataIndex(name)]
         path = directory / info.relative_path
-        with refusals(path, name), path.open("rb") as file:
+        with refusals(path, name), open_regular(path) as file:
             check_torch_file(io.BufferedReader(FilePart(file, info.offset, info.length)))
 
 

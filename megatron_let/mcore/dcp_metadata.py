@@ -35,8 +35,10 @@ from megatron_let.mcore.safe_pickle import (
     shown,
 )
 from megatron_let.mcore.torch_file import DTYPES
+from megatron_let.regular_files import MIB, read_bytes
 
 METADATA_FILE = ".metadata"
+_LARGEST = 4096 * MIB
 _MAX_DIMENSIONS = 64
 _MAX_ELEMENTS = 1 << 62
 
@@ -78,7 +80,7 @@ def read_metadata(directory: Path) -> Metadata:
     """
     path = directory / METADATA_FILE
     with refusals(path):
-        metadata = _build(read_pickle(path.read_bytes(), _NAMES))
+        metadata = _build(read_pickle(read_bytes(path, limit=_LARGEST), _NAMES))
         _check_places(metadata.storage_data, directory)
         _check_room(metadata)
     return metadata

@@ -66,13 +66,11 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
     needs_teacher = is_guided and not config.validation.skip_train
     check_data(config, tokenizer, context, needs_teacher=needs_teacher)
     guide = let_record if needs_teacher else None
-    check_nodes(config, context, tokenizer=tokenizer, teacher=guide, checkpoint=directory)
+    check_nodes(config, context, tokenizer, guide, directory)
     data, data_record = _open_data(
         config, context, tokenizer, sample_counts(config, end, start), saved=saved, directory=directory
     )
-    divisor = config.model.make_vocab_size_divisible_by
-    padded = padded_vocab_size(tokenizer.vocab_size, divisor, context.tp_size)
-    parts = _build_parts(config, context, vocab_size=tokenizer.vocab_size, padded_vocab_size=padded)
+    parts, padded = _build_parts(config, context, tokenizer.vocab_size)
     state = TrainingState()
     if directory is not None and saved is not None:
         state = load_checkpoint(directory, saved, config, context, parts)
@@ -117,13 +115,13 @@ def _open_data(
     return data, record
 
 
-def _build_parts(
-    config: RunConfig, context: ParallelContext, *, vocab_size: int, padded_vocab_size: int
-) -> Parts:
-    """Build what trains and is saved."""
-    student = build_student(config, context, vocab_size=vocab_size, padded_vocab_size=padded_vocab_size)
+def _build_parts(config: RunConfig, context: ParallelContext, vocab_size: int) -> tuple[Parts, int]:
+    """Return student, optimizer and schedule, and the padded size of the vocabulary."""
+    divisor = config.model.make_vocab_size_divisible_by
+    padded = padded_vocab_size(vocab_size, divisor, context.tp_size)
+    student = build_student(config, context, vocab_size=vocab_size, padded_vocab_size=padded)
     optimizer = build_optimizer(config, student)
-    return Parts(student, optimizer, build_lr_scheduler(config, optimizer), with_rng=True)
+    return Parts(student, optimizer, build_lr_scheduler(config, optimizer), with_rng=True), padded
 
 
 def _start(config: RunConfig, saved: dict[str, Any] | None) -> TrainingState:

@@ -20,6 +20,7 @@ from types import MappingProxyType
 from megatron_let.data.digests import sha256_of
 from megatron_let.errors import ConfigError
 from megatron_let.plain_json import fits, read_json
+from megatron_let.regular_files import open_regular, read_text
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
@@ -102,7 +103,7 @@ def hint_at(root: Path) -> str:
 def read_tracker(root: Path) -> int | None:
     """Return the iteration the tracker names, or None when there is no tracker or it does not hold a number."""
     try:
-        text = (root / TRACKER).read_text(encoding="utf-8").strip()
+        text = read_text(root / TRACKER).strip()
     except (OSError, UnicodeDecodeError):
         return None
     return int(text) if re.fullmatch(r"\d{1,30}", text) else None
@@ -145,7 +146,7 @@ def describe_files(directory: Path, *, known: Mapping[str, FileEntry] = _NOTHING
 
 
 def _describe(path: Path) -> FileEntry:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 

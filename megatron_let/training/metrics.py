@@ -9,9 +9,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_let.regular_files import MIB, read_text
 from megatron_let.training.checkpoint_files import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
+_LARGEST = 4096 * MIB
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def drop_rows_past(path: Path, iteration: int, *, keep_validation: bool = True) 
     With `keep_validation` False the validation at `iteration` goes too.
     """
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_text(path, errors="replace", limit=_LARGEST).splitlines():
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

@@ -21,6 +21,7 @@ from megatron_let.data.tokenizers import Tokenizer
 from megatron_let.errors import ConfigError
 from megatron_let.mcore.datasets import split_parts
 from megatron_let.mcore.parallel import ParallelContext
+from megatron_let.regular_files import read_bytes
 from megatron_let.training.checkpoint_files import MANIFEST
 from megatron_let.training.data_record import DataRecord, data_fingerprint
 from megatron_let.training.let_record import LetRecord
@@ -40,7 +41,6 @@ class NodeFacts:
 def check_nodes(
     config: RunConfig,
     context: ParallelContext,
-    *,
     tokenizer: Tokenizer,
     teacher: LetRecord | None,
     checkpoint: Path | None,
@@ -106,7 +106,7 @@ def _files(config: RunConfig, checkpoint: Path | None) -> dict[str, str]:
     prefixes = {part.prefix for parts in split_parts(config).values() for part in parts}
     values = {f"data set {prefix}": data_fingerprint(prefix) for prefix in sorted(prefixes)}
     if checkpoint is not None:
-        values[f"checkpoint {checkpoint}"] = _digest((checkpoint / MANIFEST).read_bytes())
+        values[f"checkpoint {checkpoint}"] = _digest(read_bytes(checkpoint / MANIFEST))
     return values
 
 
@@ -119,7 +119,7 @@ def _software() -> dict[str, str]:
     root = Path(megatron_let.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+        digest.update(f"{path.relative_to(root)}\0".encode() + read_bytes(path))
     return {**values, "megatron_let (its source)": digest.hexdigest()}
 
 

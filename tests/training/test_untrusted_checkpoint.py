@@ -46,6 +46,7 @@ def saved(start: Path, tmp_path: Path) -> Path:
     """Return a copy of a student's run, with a second, newer checkpoint."""
     root = Path(shutil.copytree(start, tmp_path / "run"))
     shutil.copytree(root / "iter_0000002", root / "iter_0000003")
+    files.write_tracker(root, 3)
     return root
 
 

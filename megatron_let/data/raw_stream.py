@@ -86,8 +86,8 @@ class RawStream:
 
     def _changed(self, now: str) -> ConfigError:
         return ConfigError(
-            f"input {self.name} changed while it was read: {self._size} bytes at the start, {now}; when nothing "
-            "writes to it any more, give the same command with --restart"
+            f"input {self.name} changed while it was read: {self._size} bytes at the start, {now}; start again when "
+            "nothing writes to it any more, preprocessing with --restart"
         )
 
     def _add(self, piece: bytes) -> None:

@@ -12,6 +12,12 @@ class LoggingConfig:
     log_interval: int = 100
     """Report every so many iterations."""
 
+    log_params_norm: bool = False
+    """Report the 2-norm of all weights, those of the optimizer in fp32 where there are such."""
+
+    log_memory_to_tensorboard: bool = False
+    """Report what PyTorch holds of rank 0's GPU memory."""
+
     tensorboard_dir: str | None = None
     """Write TensorBoard events here."""
 

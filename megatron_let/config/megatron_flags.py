@@ -47,7 +47,7 @@ WITHOUT_EFFECT: tuple[FlagFamily, ...] = (
     ),
     FlagFamily(
         "Timers",
-        "the time of every iteration is measured and there are no finer timers",
+        "the time of every iteration always goes to every report, and there are no finer timers",
         """--timing-log-level= --timing-log-option= --no-barrier-with-level-1-timing --log-timers-to-tensorboard
         --log-straggler --straggler-ctrlr-port= --straggler-minmax-count= --disable-straggler-on-startup""",
     ),
@@ -61,9 +61,9 @@ WITHOUT_EFFECT: tuple[FlagFamily, ...] = (
         "Reports",
         "every number of the log line goes to metrics.jsonl, TensorBoard and W&B at --log-interval, and no other",
         """--tensorboard-log-interval= --tensorboard-queue-size= --no-log-loss-scale-to-tensorboard
-        --disable-log-loss-scale-to-tensorboard --log-validation-ppl-to-tensorboard --log-memory-to-tensorboard
+        --disable-log-loss-scale-to-tensorboard --log-validation-ppl-to-tensorboard
         --log-memory-interval= --log-device-memory-used --log-max-attention-logit --log-world-size-to-tensorboard
-        --log-energy --log-progress --log-params-norm --logging-level= --config-logger-dir= --dump-param-to-param-group-map=
+        --log-energy --log-progress --logging-level= --config-logger-dir= --dump-param-to-param-group-map=
         --no-one-logger --one-logger-project= --one-logger-run-name= --one-logger-async --app-tag-run-name=
         --app-tag-run-version=""",
     ),

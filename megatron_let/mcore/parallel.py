@@ -259,7 +259,8 @@ def _require_same_settings(config: RunConfig) -> None:
     """
     mine = {"program": _versions(), **config.to_dict()}
     mine["data"].pop("data_cache_path")
-    mine.pop("logging")
+    for name in ("tensorboard_dir", "wandb_save_dir"):
+        mine["logging"].pop(name)
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).digest()
     if len(set(_gathered(digest))) == 1:
         return

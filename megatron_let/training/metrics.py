@@ -33,6 +33,7 @@ class TrainingRow:
     let_weight: float | None
     grad_norm: float | None
     num_zeros_in_grad: int | None
+    params_norm: float | None
     learning_rate: float
     global_batch_size: int
     loss_scale: float
@@ -44,6 +45,9 @@ class TrainingRow:
     tflops_per_device: float
     mfu: float | None
     elapsed_seconds: float
+    memory_reserved_bytes: int | None = None
+    memory_allocated_bytes: int | None = None
+    memory_max_allocated_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,7 @@ def format_training_row(row: TrainingRow, *, train_iters: int, eta_seconds: floa
         f"loss scale: {row.loss_scale:.1f}",
         f"grad norm: {'n/a' if row.grad_norm is None else f'{row.grad_norm:.3f}'}",
         *([] if row.num_zeros_in_grad is None else [f"num zeros: {row.num_zeros_in_grad}"]),
+        *([] if row.params_norm is None else [f"params norm: {row.params_norm:.3f}"]),
         f"number of skipped iterations: {row.skipped_iterations:3d}",
         f"number of nan iterations: {row.nan_iterations:3d}",
     ]

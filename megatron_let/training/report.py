@@ -121,6 +121,7 @@ class Reporter:
         loss_scale: float,
         total_iterations: int,
         samples_left: int,
+        params_norm: float | None,
     ) -> None:
         """Report one logged iteration; all ranks bring the same reduced numbers."""
         if self.context.rank != 0:
@@ -138,6 +139,7 @@ class Reporter:
             let_weight=let_weight,
             grad_norm=totals.grad_norm,
             num_zeros_in_grad=totals.num_zeros if self.config.optimizer.log_num_zeros_in_grad else None,
+            params_norm=params_norm,
             learning_rate=learning_rate,
             global_batch_size=totals.batch_size,
             loss_scale=loss_scale,
@@ -149,11 +151,22 @@ class Reporter:
             tflops_per_device=flops / 1e12,
             mfu=None if self.peak is None else flops / self.peak,
             elapsed_seconds=state.elapsed_seconds,
+            **self._memory(),
         )
         eta = samples_left * totals.seconds / totals.samples  # iterations of a ramp-up grow
         LOGGER.info(format_training_row(row, train_iters=total_iterations, eta_seconds=eta))
         for sink in self.sinks:
             sink.write(row)
+
+    def _memory(self) -> dict[str, int]:
+        """Return what PyTorch holds of this GPU's memory, where it is asked for and there is one."""
+        if not (self.config.logging.log_memory_to_tensorboard and self.context.is_on_gpu):
+            return {}
+        return {
+            "memory_reserved_bytes": torch.cuda.memory_reserved(),
+            "memory_allocated_bytes": torch.cuda.memory_allocated(),
+            "memory_max_allocated_bytes": torch.cuda.max_memory_allocated(),
+        }
 
     def validation(self, state: TrainingState, loss: float) -> None:
         """Report one evaluation; all ranks bring the same reduced loss."""
@@ -203,6 +216,8 @@ def build_reporter(
     sinks = context.together(
         lambda: _sinks(config, resumed_iteration, total_iterations) if context.rank == 0 else []
     )
+    if config.logging.log_memory_to_tensorboard and not context.is_on_gpu:
+        LOGGER.warning("--log-memory-to-tensorboard has no effect: there is no GPU")
     device_name = torch.cuda.get_device_name(context.device) if context.is_on_gpu else ""
     return Reporter(
         config,

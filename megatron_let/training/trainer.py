@@ -19,6 +19,7 @@ from megatron_let.mcore.model import gathered_parameters
 from megatron_let.mcore.optimizer import learning_rate
 from megatron_let.mcore.parallel import ParallelContext
 from megatron_let.mcore.schedule import run_schedule
+from megatron_let.mcore.weights_norm import weights_norm
 from megatron_let.training.alignment import Alignment
 from megatron_let.training.bad_numbers import BadNumbersGuard
 from megatron_let.training.evaluation import data_iterators, evaluate, reduce_loss
@@ -183,6 +184,10 @@ class Trainer:
         let_weight = None
         if run.alignment is not None and let_report is not None:
             let_weight = run.alignment.objective.schedule.weight_at(self.state.iteration - 1)
+        params_norm = None
+        if run.config.logging.log_params_norm:
+            with self._gathered():
+                params_norm = weights_norm(run.parts.student, run.context)
         run.reporter.training(
             self.state,
             totals,
@@ -196,6 +201,7 @@ class Trainer:
                 self._total - self.state.iteration, self.state.consumed_samples
             )
             - self.state.consumed_samples,
+            params_norm=params_norm,
         )
         totals.start()
 

@@ -42,6 +42,7 @@ ROW = TrainingRow(
     let_weight=0.1,
     grad_norm=1.5,
     num_zeros_in_grad=None,
+    params_norm=None,
     learning_rate=3e-3,
     global_batch_size=8,
     loss_scale=1.0,

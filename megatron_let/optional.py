@@ -6,6 +6,8 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+from megatron_let.regular_files import read_text
+
 
 def megatron_core_here() -> tuple[str, Path] | None:
     """Return the version ("" where it does not say) and the directory of the megatron-core that would be imported.
@@ -20,7 +22,7 @@ def megatron_core_here() -> tuple[str, Path] | None:
         return None
     directory = Path(spec.origin).parent
     try:
-        text = (directory / "package_info.py").read_text(encoding="utf-8")
+        text = read_text(directory / "package_info.py")
     except OSError:
         return "", directory
     parts = [re.search(rf"^{name} = (\d+)", text, re.MULTILINE) for name in ("MAJOR", "MINOR", "PATCH")]

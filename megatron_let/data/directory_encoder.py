@@ -24,6 +24,7 @@ from megatron_let.data.hf_directory import file_in, first_line, is_rebuilt_by_cl
 from megatron_let.data.probes import probe_texts, special_texts
 from megatron_let.errors import ConfigError
 from megatron_let.log import LOGGER
+from megatron_let.regular_files import read_bytes
 
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _SHOWN_CHARACTERS, _SHOWN_IDS = 40, 6
@@ -77,7 +78,7 @@ def _by_definition(tokenizer: Any, found: BatchEncoder, name_or_path: str) -> Ba
         return found
     from tokenizers import Tokenizer
 
-    content = json.loads(path.read_bytes())
+    content = json.loads(read_bytes(path))
     content["added_tokens"] = json.loads(found.backend.to_str())["added_tokens"]
     try:
         backend = Tokenizer.from_str(json.dumps(content))
@@ -100,7 +101,7 @@ def _by_definition(tokenizer: Any, found: BatchEncoder, name_or_path: str) -> Ba
 def _sentencepiece(path: Path) -> SentencePieceEncoder | None:
     """Return the encoder of a model file, None where the file is of another kind (tiktoken's has the name too)."""
     try:
-        return SentencePieceEncoder(path.read_bytes())
+        return SentencePieceEncoder(read_bytes(path))
     except (RuntimeError, ValueError):
         return None
     except OSError as error:

@@ -25,6 +25,7 @@ from typing import Any, TextIO
 from megatron_let.errors import ConfigError
 from megatron_let.log import LOGGER
 from megatron_let.plain_json import read_json, require_fields, shown
+from megatron_let.regular_files import open_regular
 
 JOURNAL_VERSION = 1
 _JOURNAL, _LOCK = "journal.json", "lock"
@@ -222,7 +223,7 @@ def _require_own(directory: Path) -> None:
 
 
 def _has_mark(path: Path) -> bool:
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         return stream.read(len(_MARK) + 1) == _MARK.encode()
 
 

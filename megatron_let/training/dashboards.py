@@ -10,6 +10,7 @@ from typing import Any
 from megatron_let.config.logging import LoggingConfig
 from megatron_let.config.run_config import RunConfig
 from megatron_let.errors import ConfigError
+from megatron_let.regular_files import MIB, read_text
 from megatron_let.training.checkpoint_files import write_atomically
 from megatron_let.training.metrics import Row
 from megatron_let.training.patient_sink import PatientSink
@@ -116,11 +117,10 @@ def open_dashboards(config: RunConfig, resumed_iteration: int) -> list[PatientSi
 
 def _remembered_id(save: Path) -> str | None:
     """Return the id of the W&B run of a save directory, None where there is none to be read."""
-    path = save / WANDB_ID_FILE
-    if not path.is_file():
+    try:
+        return read_text(save / WANDB_ID_FILE, errors="replace", limit=MIB).strip()[:_LONGEST_ID] or None
+    except OSError:
         return None
-    with path.open(encoding="ascii", errors="replace") as file:
-        return file.read(_LONGEST_ID).strip() or None
 
 
 def _require_room(directory: Path) -> None:

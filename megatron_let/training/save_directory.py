@@ -15,6 +15,7 @@ from megatron_let.config.run_config import RunConfig
 from megatron_let.directory_lock import LOCK_FILE, lock_file_of, owner_of
 from megatron_let.errors import ConfigError
 from megatron_let.mcore.parallel import ParallelContext
+from megatron_let.regular_files import read_text
 from megatron_let.training.checkpoint_files import saved_iterations
 
 _PATIENCE_SECONDS = 15.0
@@ -127,7 +128,7 @@ def _check_probe(root: Path, probe: _Probe, rank: int) -> None:
 def _is_there(root: Path, probe: _Probe) -> bool:
     try:
         os.listdir(root)  # refreshes what a network file system remembers of it
-        return (root / probe.name).read_text() == probe.text
+        return read_text(root / probe.name) == probe.text
     except OSError:
         return False
 

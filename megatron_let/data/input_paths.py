@@ -121,27 +121,42 @@ def _files_below(directory: str, unread: list[UnreadFile]) -> list[InputPath]:
 def _walk(directory: str) -> Iterator[tuple[str, str]]:
     """Yield the files below a directory, each with the reason for leaving it out, "" if there is none.
 
-    Links are followed, but no directory is entered twice: links can form a ring. What is hidden, or in NAME.partial/, counts
-    if its name is one of data.
+    Links are followed, but no directory is entered twice: links can form a ring. Directories that are left out come last,
+    since a link may lead into one; of what is in them files count whose names are those of data.
     """
-    entered, reasons = {_identity(directory)}, dict[str, str]()
+    entered, left_out = {_identity(directory)}, list[tuple[str, str]]()
+    yield from _walk_one(directory, "", entered, left_out)
+    for path, reason in left_out:
+        if _identity(path) not in entered:
+            entered.add(_identity(path))
+            yield from _walk_one(path, reason, entered, [])
+
+
+def _walk_one(
+    directory: str, inherited: str, entered: set[tuple[int, int]], left_out: list[tuple[str, str]]
+) -> Iterator[tuple[str, str]]:
+    """Yield the files below a directory but those in directories that are to be left out; note these."""
 
     def refuse(error: OSError) -> None:
-        if not reasons.get(error.filename):
+        if not inherited:
             raise ConfigError(f"cannot read input directory {error.filename}: {error.strerror}") from error
 
     for parent, directories, files in os.walk(directory, followlinks=True, onerror=refuse):
         for name in sorted(directories):
             path = os.path.join(parent, name)
-            identity = _identity(path)
-            if identity in entered or is_working_directory(path):
+            reason = "" if inherited else _reason_of_directory(name)
+            if is_working_directory(path):
+                directories.remove(name)
+            elif reason:
+                directories.remove(name)
+                left_out.append((path, reason))
+            elif _identity(path) in entered:
                 directories.remove(name)
             else:
-                entered.add(identity)
-                reasons[path] = reasons.get(parent) or _reason_of_directory(name)
+                entered.add(_identity(path))
         directories.sort()
         for name in files:
-            reason = reasons.get(parent) or _reason_of_file(name)
+            reason = inherited or _reason_of_file(name)
             if reason not in (HIDDEN, UNFINISHED) or data_suffix(name) in _DATA_SUFFIXES:
                 yield os.path.join(parent, name), reason
 

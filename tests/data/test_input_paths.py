@@ -85,6 +85,15 @@ def test_links_are_followed_and_a_ring_of_them_ends() -> None:
     assert expanded(["d"]) == ("d/b.jsonl", "d/broken.jsonl", "d/linked/a.jsonl")
 
 
+def test_a_link_into_a_hidden_directory_is_read_whatever_comes_first() -> None:
+    touch("d/.store/a.jsonl", "d/.store/b/c.jsonl", "d/.other/x.jsonl")
+    os.symlink("../.store", "d/.other/linked")
+    Path("d/z").mkdir()
+    os.symlink("../.store", "d/z/data")
+    assert expanded(["d"]) == ("d/z/data/a.jsonl", "d/z/data/b/c.jsonl")
+    assert unread(["d"]) == {"d/.other/x.jsonl": "hidden"}
+
+
 def test_globs_are_expanded_sorted_and_at_any_depth() -> None:
     touch("c-2.x", "c-10.x", "c-1.x", "d/c-3.x", "d/e/c-4.x", "d/.c-5.x")
     assert expanded(["c-*.x"]) == ("c-1.x", "c-10.x", "c-2.x")

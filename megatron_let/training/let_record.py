@@ -71,7 +71,8 @@ def reconcile(
     """Return the record a resumed run goes on with.
 
     A stop given as a fraction keeps the absolute iteration it was resolved to when the run began, so that a longer
-    `--train-iters` does not move it, and the teacher's bos stays what it was unless the flag says otherwise. Once S_stop has passed, the teacher itself is not compared: it may be gone.
+    `--train-iters` does not move it, and the teacher's bos stays what it was unless the flag says otherwise. Once S_stop has
+    passed, the teacher itself is not compared: it may be gone.
 
     Raises:
         ConfigError: a setting differs from the checkpoint's and `--let-override` is not given.

@@ -185,8 +185,8 @@ def run_main(main: Callable[[RunReport], int]) -> int:
         reason = report.reason or reason_of(code)
         if not write_exit_status(directory, code, reason, report.message, report.iteration):
             _print(f"warning: {EXIT_STATUS_FILE} cannot be written to {directory}")
-    if code != EXIT_DONE and directory is not None:
-        _await_exit_status(directory, report.began)
+    if code != EXIT_DONE and report.save_directory is not None:
+        _await_exit_status(report.save_directory, report.began)
     return code
 
 

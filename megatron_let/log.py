@@ -79,7 +79,7 @@ class _StreamOfTheMoment(logging.StreamHandler):
             super().handleError(record)
         elif not self._is_failing:
             self._is_failing = True
-            with suppress(OSError):
+            with suppress(OSError, ValueError):
                 print(
                     f"warning: log lines cannot be written ({problem.strerror or problem})", file=sys.stderr
                 )

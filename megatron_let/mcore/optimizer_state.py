@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -24,7 +23,7 @@ def optimizer_state(
     parameters out of that at their places with it: from the second bucket on every weight and moment in the checkpoint
     would be another one's.
     """
-    _begin_state(optimizer)
+    _begin_state(optimizer, is_loading=is_loading)
     plain_get = DistributedOptimizer.get_parameter_state_dp_zero
 
     def get_in_place(self: Any, *args: Any, **kwargs: Any) -> dict[Any, Any] | None:
@@ -88,7 +87,7 @@ def _add_step_0(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
             own.get("optimizer", own)["state"].setdefault("common_step", torch.zeros(()))
 
 
-def _begin_state(optimizer: MegatronOptimizer) -> None:
+def _begin_state(optimizer: MegatronOptimizer, *, is_loading: bool) -> None:
     """Give an optimizer that has made no step the state from which its first step would start.
 
     A fresh one has none, and megatron-core then saves a checkpoint without the moments that it asks for on loading, or
@@ -97,26 +96,26 @@ def _begin_state(optimizer: MegatronOptimizer) -> None:
     for part in optimizer_parts(optimizer):
         if part.init_state_fn is None:
             part.init_state_fn = _begin_momentum
-        if part.optimizer is not None and not part.optimizer.state:
-            begin = _begin_adam if isinstance(part.optimizer, _TORCH_ADAMS) else part.init_state_fn
-            begin(part.optimizer, part.config)
+        if part.optimizer is None or part.optimizer.state:
+            continue
+        if isinstance(part.optimizer, _TORCH_ADAMS):
+            _begin_adam(part.optimizer)
+        elif not is_loading:  # then megatron-core does it
+            part.init_state_fn(part.optimizer, part.config)
 
 
-def _begin_adam(adam: torch.optim.Optimizer, _: OptimizerConfig) -> None:
-    for parameter in _parameters(adam):
-        adam.state[parameter] = {
-            "step": torch.zeros(()),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+def _begin_adam(adam: torch.optim.Optimizer) -> None:
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            adam.state[parameter] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
 
 def _begin_momentum(sgd: torch.optim.Optimizer, _: OptimizerConfig) -> None:
     for group in sgd.param_groups:
-        for parameter in group["params"] if group["momentum"] else []:
+        for parameter in group["params"] if group.get("momentum") else []:
             if "momentum_buffer" not in sgd.state[parameter]:
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.nn.Parameter]:
-    return (parameter for group in optimizer.param_groups for parameter in group["params"])

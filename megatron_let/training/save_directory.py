@@ -53,7 +53,9 @@ class DirectoryWatch:
     def __init__(self, root: Path) -> None:
         """Remember the directory's lock file; without one nothing can be told."""
         self._root = root
-        self._lock_file = lock_file_of(root)
+        self._lock_file: int | None = None
+        with suppress(OSError):
+            self._lock_file = lock_file_of(root)
 
     def change(self) -> ConfigError | None:
         """Return what to say when the directory was removed, renamed or taken by another run. Raises OSError."""

@@ -19,16 +19,14 @@ def main(report: RunReport) -> int:
     if DRY_RUN in sys.argv:
         return print_plan(sys.argv[1:])
     # Imported here: megatron-core takes seconds, and warns while it loads.
-    from megatron_let.mcore.parallel import parallel_context
     from megatron_let.training.arguments import save_directory_of, settings_of_run
     from megatron_let.training.build import build_trainer
-    from megatron_let.training.signals import stop_on_signal
+    from megatron_let.training.joining import joined_ranks
 
     report.saves_to(save_directory_of(sys.argv[1:]))
     config = settings_of_run(sys.argv[1:])
-    with stop_on_signal(config.training, report) as stop, parallel_context(config) as context, report.told():
-        report.is_held(context.on_rank_0(report.hold))
-        trainer = build_trainer(config, context, stop)
+    with joined_ranks(config, report) as (context, stop, heartbeat):
+        trainer = build_trainer(config, context, stop, heartbeat)
         try:
             return trainer.fit()
         finally:

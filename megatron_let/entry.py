@@ -22,7 +22,14 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from megatron_let.directory_lock import LOCK_WAIT_SECONDS, DirectoryLock, lock_directory, lock_file_of
-from megatron_let.errors import EXIT_CRASH, EXIT_DONE, ConfigError, LetError, ProblemsError
+from megatron_let.errors import (
+    EXIT_BAD_CONFIGURATION,
+    EXIT_CRASH,
+    EXIT_DONE,
+    ConfigError,
+    LetError,
+    ProblemsError,
+)
 from megatron_let.exit_status import (
     EXIT_STATUS_FILE,
     FailureRecord,
@@ -34,6 +41,7 @@ from megatron_let.exit_status import (
     write_exit_status,
 )
 from megatron_let.lifetime import ELASTIC_RUN_VARIABLE, die_with_launcher, take_children_along
+from megatron_let.limits import exceeded_limit, take_open_files
 from megatron_let.signal_pipe import take_signals_back
 from megatron_let.slurm import SLURM_TASKS_VARIABLE, adopt_slurm_ranks
 
@@ -165,7 +173,8 @@ def run_main(main: Callable[[RunReport], int]) -> int:
     """Call `main(report)` and return this program's exit code, having told once what went wrong.
 
     A task of srun becomes a rank first, as torchrun would have told it.
-    A `LetError` becomes one line `error: ...`; anything else keeps its traceback and code 1; Ctrl-C is 130.
+    A `LetError` becomes one line `error: ...`, a limit of the machine too, with code 2; anything else keeps its traceback
+    and code 1; Ctrl-C is 130.
     SIGTERM keeps its default action (or what `main` makes of it), so that a hung collective cannot delay it.
     """
     take_signals_back()
@@ -173,6 +182,7 @@ def run_main(main: Callable[[RunReport], int]) -> int:
     take_children_along()
     report = RunReport()
     try:
+        take_open_files()
         adopt_slurm_ranks(os.environ)
         code = main(report)
     except (Exception, KeyboardInterrupt) as error:
@@ -228,6 +238,8 @@ def _failure_of(error: BaseException) -> _Failure:
         return _Failure(error.exit_code, f"error: {_one_line(error)}", None)
     if isinstance(error, KeyboardInterrupt):
         return _Failure(128 + signal.SIGINT, "error: interrupted", None)
+    if limit := exceeded_limit(error):
+        return _Failure(EXIT_BAD_CONFIGURATION, f"error: {limit}", None)
     line = f"error: {type(error).__name__}: {_one_line(error)}"
     return _Failure(EXIT_CRASH, line, "".join(traceback.format_exception(error)))
 

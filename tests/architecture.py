@@ -18,6 +18,7 @@ WITHOUT_TORCH = frozenset(
         "log",
         "optional",
         "lifetime",
+        "limits",
         "signal_pipe",
         "slurm",
         "directory_lock",

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from megatron_let.errors import EXIT_BAD_CONFIGURATION, EXIT_BAD_NUMBERS, EXIT_PREEMPTED
 from megatron_let.exit_status import FailureRecord, signal_name
 
 # Codes with a meaning of their own: a worker that ends with one has said why.
 DOCUMENTED_CODES = (EXIT_BAD_CONFIGURATION, EXIT_PREEMPTED, EXIT_BAD_NUMBERS)
+_HINTS: Mapping[int, str] = MappingProxyType(
+    {
+        signal.SIGKILL: " (often: the machine is out of memory)",
+        signal.SIGBUS: " (often: a file was cut while it was read, or /dev/shm is full)",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Failure:
             if self.exit_code in DOCUMENTED_CODES:
                 return ""
             return f"error: rank {self.rank} ended with exit code {self.exit_code}; its own output says why"
-        hint = " (often: the machine is out of memory)" if self.exit_code == -signal.SIGKILL else ""
+        hint = _HINTS.get(-self.exit_code, "")
         return f"error: rank {self.rank} (pid {self.pid}) was ended by {signal_name(-self.exit_code)}{hint}"
 
 

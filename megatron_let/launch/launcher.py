@@ -38,6 +38,7 @@ from megatron_let.exit_status import (
 from megatron_let.launch.failures import Failure, first_failure
 from megatron_let.launch.signals import forwarded_signals
 from megatron_let.lifetime import LAUNCHER_PID_VARIABLE
+from megatron_let.limits import exceeded_limit, take_open_files
 from megatron_let.signal_pipe import take_signals_back
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     try:
         _check(arguments)
+        take_open_files()
         with tempfile.TemporaryDirectory(prefix="megatron_let_launch_") as directory:
             os.environ[LAUNCHER_PID_VARIABLE] = str(os.getpid())
             os.environ[LAUNCH_DIRECTORY_VARIABLE] = directory
@@ -128,6 +130,10 @@ def _launch(arguments: argparse.Namespace, directory: str) -> int:
             elastic_launch(config=config, entrypoint=command)(*command_arguments)
         except ChildFailedError as error:
             return _report(error, directory, log.stopped_pids)
+        except (OSError, RuntimeError) as error:
+            if limit := exceeded_limit(error):
+                raise ConfigError(limit) from error
+            raise
     return EXIT_DONE
 
 

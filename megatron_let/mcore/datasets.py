@@ -28,8 +28,9 @@ from megatron_let.mcore.index_cache import (
     CachedDatasetBuilder,
     CachedGPTDataset,
     default_cache,
+    require_unchanged,
 )
-from megatron_let.mcore.loading import LoadedMicrobatches, Sample
+from megatron_let.mcore.loading import LoadedMicrobatches, Sample, require_shared_memory
 from megatron_let.mcore.parallel import ParallelContext
 
 
@@ -156,8 +157,9 @@ def build_datasets(
     """Build (or take from the cache) the sample indices of every split; all ranks call this together.
 
     Raises:
-        ConfigError: the data cannot be indexed, or give fewer samples than asked for.
+        ConfigError: the data cannot be indexed, or give fewer samples than asked for; too little shared memory to load them.
     """
+    context.together(lambda: require_shared_memory(config))
     # Rank 0 first, then one rank of each node, then the others: each finds the indices in the cache, or builds them where its
     # node does not share that directory. megatron-core's builder would hold them at a barrier that a failure never reaches.
     turn = 0 if context.rank == 0 else 1 if context.local_rank == 0 else 2
@@ -317,4 +319,4 @@ def microbatches(
         # A loader draws a seed when iteration starts; from its own generator, so that the run's stays untouched.
         generator=torch.Generator(),
     )
-    return LoadedMicrobatches(loader, rank=context.rank)
+    return LoadedMicrobatches(loader, rank=context.rank, require_data=lambda: require_unchanged(dataset))

@@ -22,6 +22,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from megatron_let.data.identity import data_identity
+from megatron_let.data.unchanged import state_of_pair
 from megatron_let.errors import ConfigError
 from megatron_let.log import LOGGER
 
@@ -50,7 +51,23 @@ class CachedGPTDataset(GPTDataset):
         identifiers = OrderedDict([*known.items(), ("data", data_identity(dataset_path))])
         config = copy.copy(config)
         config.tokenizer = replace(config.tokenizer, unique_identifiers=identifiers)
+        self._files = state_of_pair(dataset_path)
         super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config)
+
+    def __getitem__(self, idx: int | None) -> Any:
+        """Return a sample of files that are what they were.
+
+        Raises:
+            ConfigError: they were changed since the data set was built.
+        """
+        self.require_unchanged()  # reading what was cut off would end this program
+        sample = super().__getitem__(idx)
+        self.require_unchanged()
+        return sample
+
+    def require_unchanged(self) -> None:
+        """Raise ConfigError when the files were changed since the data set was built."""
+        self._files.require_unchanged()
 
     def _build_document_sample_shuffle_indices(self) -> tuple[Any, ...]:
         directory = self.config.path_to_cache
@@ -128,6 +145,13 @@ class CachedBlendedDataset(BlendedDataset):
         if _sum(dataset_sample_index) != sum(_sum_below(int(count)) for count in taken):
             return "samples of a data set left out or repeated"
         return None
+
+
+def require_unchanged(dataset: Any) -> None:
+    """Raise ConfigError when a file of a data set or blend was changed since it was built; made-up data have none."""
+    for part in getattr(dataset, "datasets", [dataset]):
+        if isinstance(part, CachedGPTDataset):
+            part.require_unchanged()
 
 
 class CachedDatasetBuilder(BlendedMegatronDatasetBuilder):

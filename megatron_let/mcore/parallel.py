@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 import megatron_let
 from megatron_let.config.run_config import RunConfig
 from megatron_let.errors import ConfigError, LetError
+from megatron_let.mcore.meeting import Watch, process_group, unwatched
 from megatron_let.mcore.stock_kernels import stock_kernels
 
 Value = TypeVar("Value")
@@ -165,10 +166,11 @@ def choose_backend(config: RunConfig) -> str:
 
 
 @contextmanager
-def parallel_context(config: RunConfig) -> Iterator[ParallelContext]:
+def parallel_context(config: RunConfig, watch: Watch = unwatched) -> Iterator[ParallelContext]:
     """Join the process group torchrun describes, lay out the model-parallel groups, seed, and clean up on leaving.
 
-    A process group that exists already (tests) is used and left as it is.
+    `watch` goes on meanwhile, from before this rank waits for another. A process group that exists already (tests) is used
+    and left as it is.
     """
     backend = choose_backend(config)
     with ExitStack() as stack:
@@ -180,8 +182,8 @@ def parallel_context(config: RunConfig) -> Iterator[ParallelContext]:
         if config.transformer.deterministic_mode:
             stack.enter_context(_deterministic_algorithms())
         device = _select_device(backend)
-        if not dist.is_initialized():
-            stack.enter_context(_process_group(backend, config.parallel.distributed_timeout_minutes))
+        timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+        stack.enter_context(process_group(backend, timeout, watch))
         _require_same_settings(config)
         stack.enter_context(model_parallel_groups(config))
         seed_everything(config)
@@ -230,26 +232,6 @@ def _deterministic_algorithms() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-
-
-@contextmanager
-def _process_group(backend: str, timeout_minutes: int) -> Iterator[None]:
-    missing = [
-        name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
-    ]
-    options: dict[str, Any] = {}
-    if missing == ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]:
-        # Started without a launcher: one process, its own store.
-        options = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    elif missing:
-        raise ConfigError(
-            f"the launcher set only part of its environment ({', '.join(missing)} missing); use torchrun"
-        )
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **options)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def _require_same_settings(config: RunConfig) -> None:

@@ -24,6 +24,7 @@ from megatron_let.training.arguments import parse_arguments
 from megatron_let.training.build import build_trainer
 from megatron_let.training.metrics import METRICS_FILE
 from megatron_let.training.signals import StopRequest
+from megatron_let.training.watchdog import Watch
 
 # Columns that hold times.
 TIMES = frozenset(
@@ -87,8 +88,10 @@ def arguments(base: Mapping[str, str | None], changes: Mapping[str, Any] | None 
 def train(argv: Sequence[str], *, stop: StopRequest | None = None) -> int:
     """Run the whole program but its process entry on this rank; return the exit code."""
     config = resolve(parse_arguments(list(argv)), int(os.environ.get("WORLD_SIZE", "1")))
-    with parallel_context(config) as context:
-        return build_trainer(config, context, stop or StopRequest()).fit()
+    watch = Watch(config.parallel)
+    with parallel_context(config, watch.over) as context, watch.explained():
+        watch.heartbeat.stage = context.pp_rank
+        return build_trainer(config, context, stop or StopRequest(), watch.heartbeat).fit()
 
 
 def refusal(argv: Sequence[str]) -> str | None:

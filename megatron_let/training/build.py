@@ -42,9 +42,12 @@ from megatron_let.training.signals import StopRequest
 from megatron_let.training.split_checks import usable_counts
 from megatron_let.training.state import TrainingState
 from megatron_let.training.trainer import Run, Trainer
+from megatron_let.training.watchdog import Heartbeat
 
 
-def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest) -> Trainer:
+def build_trainer(
+    config: RunConfig, context: ParallelContext, stop: StopRequest, heartbeat: Heartbeat | None = None
+) -> Trainer:
     """Build student, data, teacher and loop for this rank, loading the checkpoint if there is one.
 
     Raises:
@@ -84,7 +87,7 @@ def build_trainer(config: RunConfig, context: ParallelContext, stop: StopRequest
         context=context,
         parts=parts,
         data=data,
-        forward_step=ForwardStep(config, context, tokenizer.eod, alignment),
+        forward_step=ForwardStep(config, context, tokenizer.eod, alignment, heartbeat or Heartbeat()),
         alignment=alignment,
         saver=saver,
         reporter=build_reporter(

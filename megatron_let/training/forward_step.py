@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -42,7 +42,7 @@ class ForwardStep:
     context: ParallelContext
     eod: int
     alignment: Alignment | None
-    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    heartbeat: Heartbeat
 
     def needs_data(self, chunk: int) -> bool:
         """Return whether model chunk `chunk` of this rank reads tokens.

@@ -44,6 +44,7 @@ from megatron_let.training.let_record import student_layer_of_run
 from megatron_let.training.megatron_teacher import MegatronTeacher
 from megatron_let.training.teacher_bos import teacher_bos
 from megatron_let.training.teachers import teacher_dtype, teacher_format
+from megatron_let.training.watchdog import Heartbeat
 
 # Marks no token as the end of a document.
 _NO_EOD = -1
@@ -137,7 +138,7 @@ def _trace(
     alignment: Alignment | None = None,
 ) -> Tracer:
     """Run one iteration's schedule; weights, gradients and the teacher's weights are not counted."""
-    step = ForwardStep(config, context, _NO_EOD, alignment)
+    step = ForwardStep(config, context, _NO_EOD, alignment, Heartbeat())
     forget_rotary_angles()
     for chunk in student.chunks:
         chunk.zero_grad_buffer()

@@ -28,7 +28,6 @@ from megatron_let.training.report import IntervalTotals, ReleaseTimer, Reporter
 from megatron_let.training.saving import CheckpointSaver
 from megatron_let.training.signals import StopRequest
 from megatron_let.training.state import TrainingState
-from megatron_let.training.watchdog import watched
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ class Trainer:
     def fit(self) -> int:
         """Train to the end (or until told to stop) and return the exit code; every rank calls this."""
         try:
-            with watched(self._heartbeat, self.run.context, self.run.config.parallel):
-                return self._train()
+            return self._train()
         finally:
             # A preempted program ends without exit handlers: what TensorBoard and W&B still hold goes out here.
             self.run.reporter.close()

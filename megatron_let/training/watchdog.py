@@ -23,7 +23,6 @@ import torch.distributed as dist
 from megatron_let.config.parallel import ParallelConfig
 from megatron_let.errors import LetError
 from megatron_let.log import FROM_EVERY_RANK, LOGGER
-from megatron_let.mcore.parallel import ParallelContext
 
 PHASES = ("start", "forward-backward", "optimizer", "log", "evaluation", "save", "end")
 """What an iteration consists of, in order; "data" lies within any of them."""
@@ -41,9 +40,11 @@ class StalledError(LetError):
 
 
 class Heartbeat:
-    """Where this rank stands: noted by the training loop, read by the watchdog's thread."""
+    """Where this rank stands: noted by the start and the training loop, read by the watchdog's thread."""
 
     def __init__(self) -> None:
+        self.stage: int | None = None
+        """Its pipeline stage, once it is known."""
         self.iteration = 0
         self.phase = PHASES[0]
         self.is_reading = False
@@ -53,6 +54,8 @@ class Heartbeat:
 
     def begin(self, iteration: int) -> None:
         """Note the start of an iteration."""
+        if not self._seconds:
+            self.finished = time.monotonic()  # what came before it was no iteration
         self.iteration = iteration
         self.enter("forward-backward")
 
@@ -92,7 +95,7 @@ class Position:
     """What a rank publishes of itself."""
 
     beat: int  # counts up: a rank whose count stands still is silent
-    stage: int
+    stage: int | None
     iteration: int
     phase: str
     is_reading: bool
@@ -104,8 +107,18 @@ class Position:
         """Return the key by which the rank that is furthest behind comes first."""
         return self.iteration, PHASES.index(self.phase), not self.is_reading, self.is_waiting
 
+    def named(self, rank: int) -> str:
+        """Return the rank with its stage."""
+        return f"rank {rank}" if self.stage is None else f"rank {rank} (stage {self.stage})"
+
+    def is_starting(self) -> bool:
+        """Return whether the first iteration has not begun."""
+        return self.phase == PHASES[0]
+
     def text(self) -> str:
         """Return where the rank is, in words."""
+        if self.is_starting():
+            return "at the start"
         phase = f"data ({self.phase})" if self.is_reading else self.phase
         return f'at "{phase}" of iteration {self.iteration}'
 
@@ -115,16 +128,16 @@ def stall_line(positions: dict[int, Position | None], silent: dict[int, float], 
 
     `silent`: ranks whose notes have stopped coming, with the seconds since.
     """
-    begin = f"no iteration has finished for {seconds:.0f} s: "
+    known = {rank: position for rank, position in positions.items() if position is not None}
+    is_start = any(position.is_starting() for position in known.values())
+    begin = f"no iteration has {'begun' if is_start else 'finished'} for {seconds:.0f} s: "
     missing = [rank for rank, position in positions.items() if position is None]
     if missing:
-        return f"{begin}{_ranks(missing)} did not get to the training loop"
-    known = {rank: position for rank, position in positions.items() if position is not None}
+        return f"{begin}{_ranks(missing)} did not come to where the ranks meet"
     heard = {rank: position for rank, position in known.items() if rank not in silent}
     if silent:
         said = [
-            f"rank {rank} (stage {known[rank].stage}) has not been heard from for {quiet:.0f} s, last "
-            f"{known[rank].text()}"
+            f"{known[rank].named(rank)} has not been heard from for {quiet:.0f} s, last {known[rank].text()}"
             for rank, quiet in sorted(silent.items(), key=lambda item: known[item[0]].order())[:4]
         ]
         more = f" and {len(silent) - 4} more ranks" if len(silent) > 4 else ""
@@ -138,8 +151,8 @@ def stall_line(positions: dict[int, Position | None], silent: dict[int, float], 
         everyone = f"all {len(heard)} ranks are" if len(heard) > 1 else "the rank is"
         return f"{begin}{everyone} {stands}"
     others = _others([other for rank, other in heard.items() if rank not in behind])
-    is_are = "are" if len(behind) > 1 else f"(stage {position.stage}) is"
-    return f"{begin}{_ranks(behind)} {is_are} {stands}{others}"
+    who = f"{_ranks(behind)} are" if len(behind) > 1 else f"{position.named(slowest)} is"
+    return f"{begin}{who} {stands}{others}"
 
 
 def _ranks(ranks: list[int]) -> str:
@@ -160,14 +173,16 @@ class Watchdog:
     def __init__(
         self,
         heartbeat: Heartbeat,
-        context: ParallelContext,
         store: dist.Store,
         *,
+        rank: int,
+        world_size: int,
         limit: float,
         ceiling: float,
     ) -> None:
         """Make the watchdog of this rank; `limit` and `ceiling` in seconds: see `_limit`."""
-        self._heartbeat, self._context, self._store = heartbeat, context, store
+        self._heartbeat, self._store = heartbeat, store
+        self._rank, self._world_size = rank, world_size
         self._least, self._ceiling = limit, ceiling
         self._beat_seconds = min(_MAX_BEAT_SECONDS, min(limit, ceiling) / _BEATS_PER_LIMIT)
         self._main = threading.main_thread().ident
@@ -177,7 +192,7 @@ class Watchdog:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         # Any of these may be the one that has stopped; the first that has not speaks.
-        last = context.world_size - 1
+        last = world_size - 1
         self._watchers = sorted({0, min(1, last), last // 2, last})
 
     def start(self) -> None:
@@ -205,7 +220,7 @@ class Watchdog:
         while not self._stop.wait(self._beat_seconds):
             try:
                 self._publish()
-                if self._context.rank in self._watchers:
+                if self._rank in self._watchers:
                     self._watch()
             except RuntimeError as error:
                 # The meeting point is gone, with the launcher or the first node: there is nobody to watch.
@@ -223,7 +238,7 @@ class Watchdog:
         place, is_waiting = _place(sys._current_frames().get(self._main or 0))
         position = Position(
             beat=self._beat,
-            stage=self._context.pp_rank,
+            stage=heartbeat.stage,
             iteration=heartbeat.iteration,
             phase=heartbeat.phase,
             is_reading=heartbeat.is_reading,
@@ -231,7 +246,7 @@ class Watchdog:
             place=place,
             is_waiting=is_waiting,
         )
-        self._store.set(str(self._context.rank), json.dumps(asdict(position)))
+        self._store.set(str(self._rank), json.dumps(asdict(position)))
 
     def _watch(self) -> None:
         standing, limit = self._standing(), self._limit()
@@ -241,7 +256,7 @@ class Watchdog:
         positions = self._read()
         silent = self._silent(positions)
         speaker = next((rank for rank in self._watchers if rank not in silent), None)
-        if standing < limit or speaker != self._context.rank:
+        if standing < limit or speaker != self._rank:
             return
         line = stall_line(positions, silent, time.monotonic() - self._heartbeat.finished)
         self._store.set(_VERDICT, line)
@@ -258,7 +273,7 @@ class Watchdog:
 
     def _read(self) -> dict[int, Position | None]:
         """Return the position of every rank that has one."""
-        ranks = range(self._context.world_size)
+        ranks = range(self._world_size)
         there = [rank for rank in ranks if self._store.check([str(rank)])]
         texts = self._store.multi_get([str(rank) for rank in there])
         known = {rank: Position(**json.loads(text)) for rank, text in zip(there, texts, strict=True)}
@@ -287,35 +302,54 @@ def _place(frame: FrameType | None) -> tuple[str, bool]:
     return f"{frame.f_code.co_name} ({Path(path).name}:{frame.f_lineno})", is_waiting
 
 
-@contextmanager
-def watched(heartbeat: Heartbeat, context: ParallelContext, config: ParallelConfig) -> Iterator[None]:
-    """Watch over the ranks inside the context (`--watchdog-seconds`; 0: not); every rank enters it.
+class Watch:
+    """The watching of one run, from before its ranks meet to its end (`--watchdog-seconds`; 0: none)."""
 
-    Raises:
-        StalledError: a collective ran into its time limit while a rank was known to be behind.
-    """
-    if config.watchdog_seconds == 0:
-        yield
-        return
-    ceiling = config.distributed_timeout_minutes * 60 / 2
-    watchdog = Watchdog(heartbeat, context, _store(context), limit=config.watchdog_seconds, ceiling=ceiling)
-    watchdog.start()
-    try:
-        yield
-    except RuntimeError as error:
-        verdict = watchdog.verdict() if "timed out" in str(error).lower() else None
-        if not verdict:
-            raise
-        raise StalledError(
-            f"the ranks' time limit (--distributed-timeout-minutes) has struck; {verdict}"
-        ) from error
-    finally:
-        watchdog.stop()
+    def __init__(self, config: ParallelConfig) -> None:
+        self.heartbeat = Heartbeat()
+        self._config = config
+        self._watchdog: Watchdog | None = None
 
+    @contextmanager
+    def over(self, store: dist.Store, rank: int, world_size: int) -> Iterator[None]:
+        """Watch over the ranks that meet at a store inside the context; every rank enters it.
 
-def _store(context: ParallelContext) -> dist.Store:
-    """Return a connection of the watchdog's own to the store where the ranks met."""
-    if context.world_size == 1:
-        return dist.HashStore()
-    store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
-    return dist.PrefixStore("watchdog", store)
+        Raises:
+            StalledError: as `explained`.
+        """
+        if self._config.watchdog_seconds == 0:
+            yield
+            return
+        self._watchdog = Watchdog(
+            self.heartbeat,
+            dist.PrefixStore("watchdog", store.clone()) if world_size > 1 else dist.HashStore(),  # type: ignore[attr-defined]
+            rank=rank,
+            world_size=world_size,
+            limit=self._config.watchdog_seconds,
+            ceiling=self._config.distributed_timeout_minutes * 60 / 2,
+        )
+        self._watchdog.start()
+        try:
+            with self.explained():
+                yield
+        finally:
+            self._watchdog.stop()
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Name the rank that is behind when a collective or a meeting inside the context runs into its time limit.
+
+        Raises:
+            StalledError: it did, and such a rank is known.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            text = str(error).lower()
+            is_late = "timed out" in text or "timeout" in text
+            verdict = self._watchdog.verdict() if is_late and self._watchdog is not None else None
+            if not verdict:
+                raise
+            raise StalledError(
+                f"the ranks' time limit (--distributed-timeout-minutes) has struck; {verdict}"
+            ) from error

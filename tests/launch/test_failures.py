@@ -58,6 +58,12 @@ def test_a_watchdogs_abort_is_an_echo() -> None:
     assert first_failure([failure(0, -signal.SIGABRT, time=11.0), cause]) is cause
 
 
+def test_a_signals_usual_cause_is_said() -> None:
+    assert failure(2, -signal.SIGBUS).text() == (
+        "error: rank 2 (pid 1) was ended by SIGBUS (often: a file was cut while it was read, or /dev/shm is full)"
+    )
+
+
 def test_codes_are_counted_as_a_shell_does() -> None:
     assert failure(0, -signal.SIGSEGV).shell_code() == 128 + signal.SIGSEGV
     assert failure(0, 7).shell_code() == 7

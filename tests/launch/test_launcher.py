@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -221,6 +223,19 @@ def test_under_bare_torchrun_the_line_is_one_ranks_last_word(launch: Launch) -> 
     _, err = program.communicate(timeout=LIMIT)
     lines = [line for line in err.splitlines() if line.startswith("error:")]
     assert lines == ["error: 3 is given, only 1, 2 and 4 are allowed (1)"]
+
+
+def test_a_port_that_is_taken_is_one_line_and_code_2(launch: Launch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        program = launch("well", "--master-addr", "127.0.0.1", "--master-port", str(port))
+        _, err = program.communicate(timeout=LIMIT)
+    assert program.returncode == 2
+    assert re.fullmatch(
+        rf"error: a port is in use \(.*port: {port}.*\); give another --master-port .*\n", err
+    )
 
 
 def test_a_script_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

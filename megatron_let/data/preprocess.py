@@ -300,7 +300,8 @@ def _writing(directory: WorkingDirectory, prefix: str) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.EMFILE:
             raise LetError(
-                "a pair for each subset needs up to four open files, more than the system allows: raise `ulimit -n`"
+                "a pair for each subset needs three open files (four with --document-map), more than the "
+                "system allows: raise `ulimit -n`"
             ) from error
         rest = "; the same command goes on where this one stopped" if directory.has_journal else ""
         raise LetError(f"cannot write {prefix}: {error.strerror}; nothing was written over{rest}") from error

@@ -145,6 +145,7 @@ def _tokenizer_of(arguments: argparse.Namespace, manifest: Manifest | None) -> T
         tokenizer_type=manifest.tokenizer_type,
         tokenizer_model=manifest.tokenizer_name,
         vocab_size=manifest.vocab_size - 1,
+        needs_eod=False,
     )
 
 
@@ -159,6 +160,7 @@ def _given_tokenizer(arguments: argparse.Namespace) -> Tokenizer:
         vocab_file=arguments.vocab_file,
         merge_file=arguments.merge_file,
         vocab_size=arguments.vocab_size,
+        needs_eod=arguments.document is None,
     )
 
 

@@ -6,14 +6,14 @@ import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from megatron_let import __version__
 from megatron_let.data.input_rules import UnreadFile
 from megatron_let.data.manifest import MAX_SKIPPED_EXAMPLES, SourceFile
 from megatron_let.data.sources import counted_by_reason
 
-_LIBRARIES = ("tokenizers", "sentencepiece", "transformers", "numpy")
+_LIBRARIES = ("tokenizers", "sentencepiece", "transformers", "gigatoken", "pyarrow", "numpy")
 
 
 @dataclass(frozen=True)
@@ -45,5 +45,12 @@ def made_now(command: str, encoder: str = "", libraries: Iterable[str] = _LIBRAR
         **({"encoder": encoder} if encoder else {}),
         "megatron_let": __version__,
         "python": platform.python_version(),
-        **{name: version(name) for name in libraries},
+        **{name: found for name in libraries if (found := _version_of(name))},
     }
+
+
+def _version_of(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""

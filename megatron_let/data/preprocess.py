@@ -42,6 +42,8 @@ from megatron_let.errors import LetError
 # What the fast encoder is tried on before the run: the first texts of so many sources, so much of each.
 _SAMPLED_SOURCES = 8
 _SAMPLED_CHARACTERS = 1 << 16
+# Tokens, lengths, bounds and the document map.
+_FILES_OF_A_PAIR = 4
 # Open files beside those of the pairs: libraries, pipes to workers, inputs.
 _OTHER_FILES = 512
 
@@ -135,7 +137,9 @@ class _Run:
         """Encode everything that is left; return how the complete pairs are to be put under their names."""
         try:
             if self._settings.split_by_subset:
-                _allow_open_files(3 * MAX_SUBSETS * len(self._settings.json_keys) + _OTHER_FILES)
+                _allow_open_files(
+                    _FILES_OF_A_PAIR * MAX_SUBSETS * len(self._settings.json_keys) + _OTHER_FILES
+                )
             if journal is None:
                 self._directory.clear()
             else:
@@ -296,7 +300,8 @@ def _writing(directory: WorkingDirectory, prefix: str) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.EMFILE:
             raise LetError(
-                "a pair for each subset needs three open files, more than the system allows: raise `ulimit -n`"
+                "a pair for each subset needs three open files (four with --document-map), more than the "
+                "system allows: raise `ulimit -n`"
             ) from error
         rest = "; the same command goes on where this one stopped" if directory.has_journal else ""
         raise LetError(f"cannot write {prefix}: {error.strerror}; nothing was written over{rest}") from error

@@ -14,7 +14,7 @@ from megatron_let.data.manifest import Manifest, manifest_path, require_manifest
 from megatron_let.data.recorded_tokenizer import difference_from_manifest
 from megatron_let.data.table_checks import Check, check_tables
 from megatron_let.data.token_scan import Searched, TokenScan, scan_tokens
-from megatron_let.data.tokenizers import Tokenizer
+from megatron_let.data.tokenizers import NO_EOD, Tokenizer
 from megatron_let.errors import ConfigError
 
 WriteLine = Callable[[str], None]
@@ -35,9 +35,9 @@ class Expected:
 
     @property
     def eod(self) -> int | None:
-        """Return the id that ends documents."""
-        source = self.tokenizer or self.manifest
-        return None if source is None else source.eod
+        """Return the id that ends documents, the manifest's before the tokenizer's: it may have been chosen."""
+        source = self.manifest or self.tokenizer
+        return None if source is None or source.eod == NO_EOD else source.eod
 
 
 def verify(prefix: str, expected: Expected, write_line: WriteLine) -> Iterator[Check]:
@@ -152,8 +152,8 @@ def _check_ids(scan: TokenScan, tables: IndexTables, *, are_whole: bool) -> Chec
 
 def _check_eod(scan: TokenScan, tables: IndexTables, expected: Expected) -> Check:
     if scan.searched.eod is None:
-        unknown = expected.eod is None
-        return Check("eod", note="not looked at: " + ("no tokenizer" if unknown else "damaged tables"))
+        no_eod = "no tokenizer" if expected.vocab_size is None else "the tokenizer has none"
+        return Check("eod", note=f"not looked at: {no_eod if expected.eod is None else 'damaged tables'}")
     is_promised = expected.manifest is not None and expected.manifest.append_eod
     if is_promised and scan.first_unended is not None:
         where = tables.place_of(scan.first_unended)

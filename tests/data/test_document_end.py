@@ -11,6 +11,7 @@ import pytest
 from megatron_let.data.document_end import choose_eod
 from megatron_let.data.manifest import Manifest, read_manifest
 from megatron_let.data.tokenizers import NO_EOD, NullTokenizer, build_tokenizer
+from megatron_let.data.verify import Expected, verify
 from megatron_let.errors import ConfigError
 from tests.data.conftest import write_tokenizer_directory
 from tests.data.runs import WriteJsonl, documents
@@ -72,6 +73,11 @@ def test_the_token_that_is_named_ends_documents(
     assert isinstance(manifest, Manifest)
     assert (manifest.eod, manifest.eod_in_text) == (0, 1)
     assert [ids[-1] for ids in documents(tmp_path / "out", 2)] == [0, 0]
+    with_other_eod = build_tokenizer(
+        tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(without_eos), needs_eod=False
+    )
+    checks = verify(f"{tmp_path}/out_text_document", Expected(manifest, with_other_eod), print)
+    assert not [check for check in checks if check.problem is not None]
 
 
 def test_pieces_of_sentencepiece_and_no_tokens_of_numbers(sentencepiece_model: Path) -> None:

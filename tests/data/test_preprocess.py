@@ -104,7 +104,8 @@ def test_dirty_input_gives_the_same_bytes_for_any_number_of_workers_and_files(
     halves = [write_jsonl(lines[:70], "first.jsonl"), write_jsonl(lines[70:], "second.jsonl")]
     expected = expected_pair(tokenizer, texts)
     for name, inputs, workers in (("one", [whole], 1), ("two", [whole], 2), ("files", halves, 2)):
-        manifest = run(tokenizer, tmp_path / name, inputs, workers=workers, block_bytes=2000)["text"]
+        settings = {"workers": workers, "block_bytes": 2000, "max_error_fraction": 0.2}
+        manifest = run(tokenizer, tmp_path / name, inputs, **settings)["text"]
         assert pair(tmp_path / f"{name}_text_document") == expected
         assert manifest.documents + sum(manifest.skipped.values()) == len(lines)
         assert set(manifest.skipped.values()) == {3}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
@@ -84,14 +84,23 @@ def special_ids_in_words(left: Mapping[str, int | None], right: Mapping[str, int
 
 
 def _encoding_in_words(left: TokenizerFacts, right: TokenizerFacts) -> str:
-    texts = encoding_texts(left.token_to_id)
+    for text, own, other in _differing(left, right, encoding_texts(left.token_to_id)):
+        # A line of it alone says more, if it differs alone.
+        text, own, other = next(_differing(left, right, text.split("\n")), (text, own, other))
+        place = next(index for index, pair in enumerate(zip_longest(own, other)) if len(set(pair)) > 1)
+        end = place + _SHOWN_IDS
+        return (
+            f"one vocabulary, other ids for a text: {text[:_SHOWN_CHARACTERS]!a} gives from token {place} on "
+            f"{own[place:end]} and {other[place:end]}"
+        )
+    return ""
+
+
+def _differing(
+    left: TokenizerFacts, right: TokenizerFacts, texts: list[str]
+) -> Iterator[tuple[str, list[int], list[int]]]:
+    """Yield each text to which the two give other ids, with both."""
     mine, theirs = (facts.encoder.encode(texts).to_lists() for facts in (left, right))
     for text, own, other in zip(texts, mine, theirs, strict=True):
         if own != other:
-            place = next(index for index, pair in enumerate(zip_longest(own, other)) if len(set(pair)) > 1)
-            end = place + _SHOWN_IDS
-            return (
-                f"one vocabulary, other ids for a text: {text[:_SHOWN_CHARACTERS]!a} gives from token {place} on "
-                f"{own[place:end]} and {other[place:end]}"
-            )
-    return ""
+            yield text, own, other

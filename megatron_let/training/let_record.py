@@ -14,7 +14,7 @@ from megatron_let.errors import ConfigError
 from megatron_let.exit_status import EXIT_STATUS_FILE
 from megatron_let.let import LetSchedule, default_student_layer, resolve_stop
 from megatron_let.let.schedule import DEFAULT_STOP_FRACTION
-from megatron_let.plain_json import shown
+from megatron_let.plain_json import require_fields, shown
 from megatron_let.training.teacher_bos import teacher_bos
 from megatron_let.training.teachers import teacher_dtype, teacher_files
 
@@ -46,6 +46,11 @@ class LetRecord:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for the checkpoint."""
         return asdict(self)
+
+
+def require_let(saved: Any) -> None:
+    """Raise ValueError unless these are a record's plain values; older checkpoints have no `teacher_bos`."""
+    require_fields(LetRecord, {"teacher_bos": None, **saved} if isinstance(saved, dict) else saved)
 
 
 def teacher_identity(directory: Path) -> str:

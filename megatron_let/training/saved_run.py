@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_let.plain_json import fits, require_fields
 from megatron_let.training.data_record import DataRecord
-from megatron_let.training.let_record import LetRecord
+from megatron_let.training.let_record import require_let
 from megatron_let.training.saved_values import incomplete, require_value, require_vocabulary
 from megatron_let.training.state import TrainingState
 
@@ -57,7 +57,7 @@ def require_run(run: dict[str, Any], directory: Path) -> None:
         _require_settings(run["config"])
         require_vocabulary(run)
         if run["let"] is not None:
-            require_fields(LetRecord, {"teacher_bos": None, **run["let"]})
+            require_let(run["let"])
         if run.get("data") is not None:
             require_fields(DataRecord, run["data"])
             if any(len(entry) != _ORIGIN for entry in run["data"]["order"]):

@@ -16,7 +16,6 @@ MIB = 1 << 20
 LARGEST_SMALL_FILE = 256 * MIB
 
 _KINDS = (
-    (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a FIFO"),
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
@@ -88,10 +87,11 @@ def read_text(
 
 
 def _check(found: os.stat_result, path: str | os.PathLike[str], limit: int | None) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if not stat.S_ISREG(found.st_mode):
         kind = next((words for is_kind, words in _KINDS if is_kind(found.st_mode)), "something else")
-        code = errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL
-        raise OSError(code, f"it is {kind}, not a regular file", os.fspath(path))
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", os.fspath(path))
     if limit is not None and found.st_size > limit:
         raise _too_large(path, limit)
 

@@ -21,7 +21,16 @@ from megatron_let.let.hf_model import LOAD_ERRORS, build_empty, load_model
 from megatron_let.let.hf_sizes import check_sizes
 from megatron_let.let.teacher import Teacher, check_layer
 
-RUN_ERRORS = (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, AssertionError)
+RUN_ERRORS = (
+    TypeError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    ArithmeticError,
+    AssertionError,
+    NotImplementedError,
+)
 """What a model raises that needs more than token ids; a device out of memory is not among them."""
 
 # What configurations call the longest row that a model reads, the usual name first; transformers gives many of the

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.training import get_args, get_tokenizer
+from megatron.training import get_args, get_tensorboard_writer, get_tokenizer, get_wandb_writer
 
 from megatron_let.errors import ConfigError
 from megatron_let.let import (
@@ -58,6 +60,8 @@ class LetPlugin:
     def __init__(self) -> None:
         self._chunks: list[torch.nn.Module] = []
         self._attached: AttachedLet | None = None
+        self._writers = _Writers()
+        self._seen: object = None
 
     def model_provider(self, provider: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
         """Return the model provider, whose chunks are remembered in the order of their virtual stages."""
@@ -80,9 +84,20 @@ class LetPlugin:
                 return forward_step(data_iterator, model)
             if self._attached is None:
                 self._attached = self._attach()
+            now = (get_args().curr_iteration, model.training)
+            if now != self._seen:
+                self._seen = now
+                self._writers.write()
             return self._attached.forward_step(forward_step)(data_iterator, model)
 
         return step
+
+    def finish(self) -> None:
+        """Report the rest of the last interval; for the line after `pretrain`, on every rank."""
+        if self._attached is not None:
+            self._attached.finish()
+            dist.barrier()
+            self._writers.write()
 
     def reads_data(self, vp_stage: int | None) -> bool:
         """Return whether this model chunk holds layer k, for `is_dataset_built_on_rank`."""
@@ -101,7 +116,7 @@ class LetPlugin:
             HostLoop(
                 iteration=lambda: get_args().curr_iteration,
                 num_microbatches=get_num_microbatches,
-                report=_print_report,
+                report=self._report,
                 report_interval=args.log_interval,
             ),
             load_teacher=_load_teacher,
@@ -109,6 +124,52 @@ class LetPlugin:
             num_ids=get_tokenizer().vocab_size,
             eod=args.let_eod if args.reset_attention_mask else None,
         )
+
+    def _report(self, iteration: int, weight: float, report: AlignmentReport) -> None:
+        _print_report(iteration, weight, report)
+        self._writers.send(
+            iteration,
+            {
+                "let loss": report.loss,
+                "let cosine": report.cosine,
+                "let cosine centered": report.centred_cosine,
+                "let weight": weight,
+            },
+        )
+
+
+class _Writers:
+    """Megatron-LM's TensorBoard and W&B, which the last rank alone has: a rank of layer k's stage sends it the numbers.
+
+    Through the store of the process group, since no rank may wait for another inside a forward step.
+    """
+
+    def __init__(self) -> None:
+        self._num_sent = 0
+        self._num_written = 0
+
+    def send(self, iteration: int, numbers: dict[str, float]) -> None:
+        """Leave the numbers for the last rank."""
+        _store().set(f"let/{self._num_sent}", json.dumps([iteration, numbers]))
+        self._num_sent += 1
+
+    def write(self) -> None:
+        """Write what has been sent, on the rank that has the writers; nothing waits."""
+        board, wandb = get_tensorboard_writer(), get_wandb_writer()
+        if board is None and wandb is None:
+            return
+        while _store().check([f"let/{self._num_written}"]):
+            iteration, numbers = json.loads(_store().get(f"let/{self._num_written}"))
+            _store().delete_key(f"let/{self._num_written}")
+            self._num_written += 1
+            for name, value in numbers.items() if board is not None else ():
+                board.add_scalar(name, value, iteration)
+            if wandb is not None and wandb.run is not None:  # pretrain has finished it when it returns
+                wandb.log(numbers, iteration)
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
 
 
 def _student_layer() -> int:

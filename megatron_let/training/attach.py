@@ -77,6 +77,7 @@ class AttachedLet:
         self._alignment = alignment
         self._eod = eod
         self._begun: int | None = None
+        self._reported: int | None = None
         self._shape: tuple[int, int] | None = None
 
     @property
@@ -98,6 +99,12 @@ class AttachedLet:
 
         return step
 
+    def finish(self) -> None:
+        """Report what has added up since the last report; for the end of the loop, where every rank calls it."""
+        if self._alignment is not None and self._begun is not None:
+            self._alignment.end_iteration()
+            self._report(self._alignment, self._begun + 1)
+
     def release(self) -> None:
         """Take the hook off layer k and give the teacher's memory back; S_stop does so by itself."""
         if self._alignment is not None:
@@ -110,7 +117,12 @@ class AttachedLet:
         """Show the next microbatch to the teacher; return an iterator that still gives it."""
         chunk = gpt_of(model).vp_stage or 0
         is_training = model.training and torch.is_grad_enabled()
-        if self._alignment is None or chunk != self._alignment.owner_chunk or not is_training:
+        if self._alignment is None or chunk != self._alignment.owner_chunk:
+            return data_iterator
+        if not is_training:
+            # an evaluation follows a whole iteration, and may be the last that is called
+            if self._begun is not None and self._is_report_due(self._alignment, self._begun + 1):
+                self.finish()
             return data_iterator
         self._begin_iteration_when_due(self._alignment)
         if self._alignment is None:
@@ -126,22 +138,27 @@ class AttachedLet:
         if iteration == self._begun:
             return
         alignment.end_iteration()  # of the one before
-        is_over = not alignment.objective.schedule.is_active_at(iteration)
-        if self._begun is not None and (is_over or iteration % self._loop.report_interval == 0):
+        if self._begun is not None and self._is_report_due(alignment, iteration):
             self._report(alignment, iteration)
         self._begun = iteration
-        if is_over:
+        if not alignment.objective.schedule.is_active_at(iteration):
             self.release()
             return
         alignment.begin_iteration(
             iteration, num_microbatches=self._loop.num_microbatches(), loss_scale=self._loss_scale()
         )
 
+    def _is_report_due(self, alignment: Alignment, iteration: int) -> bool:
+        """Return whether the numbers are to be told after `iteration` iterations: at the interval, and at S_stop."""
+        is_over = not alignment.objective.schedule.is_active_at(iteration)
+        return is_over or iteration % self._loop.report_interval == 0
+
     def _report(self, alignment: Alignment, iteration: int) -> None:
-        """Hand LET's numbers to the loop's report; all ranks of the stage, for their sums are added up."""
+        """Hand LET's numbers to the loop's report, once an iteration; all ranks of the stage: their sums are added up."""
         report, context = self._loop.report, self._context
-        if report is None:
+        if report is None or iteration == self._reported:
             return
+        self._reported = iteration
         numbers = alignment.collect()
         if numbers is not None and context.tp_rank == context.dp_rank == 0:
             report(iteration, alignment.objective.schedule.weight_at(iteration - 1), numbers)

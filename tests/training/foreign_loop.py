@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Course:
     gradients: list[Tensors] = field(default_factory=list)
     weights: Tensors = field(default_factory=dict)
     numbers: list[tuple[float, float, float]] = field(default_factory=list)  # LET's loss, cosine and weight
+    written: list[tuple[str, float, int]] = field(default_factory=list)  # to Megatron-LM's TensorBoard
     num_hooks: list[int] = field(default_factory=list)  # on the layers of this rank, after each iteration
 
 
@@ -133,6 +134,8 @@ def plugin_module() -> Any:
     package = ModuleType("megatron.training")
     package.get_args = stand_in.get_args  # type: ignore[attr-defined]
     package.get_tokenizer = stand_in.get_tokenizer  # type: ignore[attr-defined]
+    package.get_tensorboard_writer = stand_in.get_tensorboard_writer  # type: ignore[attr-defined]
+    package.get_wandb_writer = stand_in.get_wandb_writer  # type: ignore[attr-defined]
     sys.modules["megatron.training"] = package
     sys.path.insert(0, str(EXAMPLES))
     try:
@@ -216,13 +219,14 @@ def microbatch_calculator(config: Any, context: Any) -> Iterator[None]:
         calculator.destroy_num_microbatches_calculator()
 
 
-def host_course(argv: Sequence[str], samples: Samples, *, start: int = 0) -> Course:
+def host_course(argv: Sequence[str], samples: Samples, *, start: int = 0, log_interval: int = 1) -> Course:
     """Run the stand-in's loop with the example plugin on this rank, on the same settings and samples."""
     config, course = settings_of(argv), Course()
     with parallel_context(config) as context, contextlib.redirect_stdout(io.StringIO()) as printed:
         host = Host(config, build_transformer_config(config, is_on_gpu=False), context, course)
         module = plugin_module()
         plugin = module.LetPlugin()
+        stand_in.WRITERS[:] = [SimpleNamespace(add_scalar=lambda *scalar: course.written.append(scalar))]
         with microbatch_calculator(config, context):
             model = stand_in.pretrain(
                 Iterators(samples, context, config.training.micro_batch_size, plugin),
@@ -230,10 +234,11 @@ def host_course(argv: Sequence[str], samples: Samples, *, start: int = 0) -> Cou
                 stand_in.MODEL_TYPE,
                 plugin.forward_step(stand_in.forward_step),
                 extra_args_provider=module.add_let_arguments,
-                args_defaults=host.arguments(start),
+                args_defaults={**host.arguments(start), "log_interval": log_interval},
                 words=host.words(),
                 setup_optimizer=host.setup_optimizer,
             )
+            plugin.finish()
         course.weights = whole_tensors(Student(model, host.core_config), context, lambda weight: weight.data)
     course.numbers = [
         (float(loss), float(cosine), float(weight))

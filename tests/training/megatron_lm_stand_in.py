@@ -36,6 +36,18 @@ def get_tokenizer() -> argparse.Namespace:
     return argparse.Namespace(vocab_size=get_args().vocab_size)
 
 
+WRITERS: list[Any] = []
+
+
+def get_tensorboard_writer() -> Any:
+    """Return the writer, on the last rank alone."""
+    return WRITERS[0] if WRITERS and dist.get_rank() == dist.get_world_size() - 1 else None
+
+
+def get_wandb_writer() -> None:
+    """Return that there is none."""
+
+
 def pretrain(
     train_valid_test_dataset_provider: Callable[..., Any],
     model_provider: Callable[..., Any],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.one_iteration import Tensors
 from megatron_let.testing.training import TINY_STUDENT, arguments
 from megatron_let.training.attach import AttachedLet, HostLoop, attach_let
+from tests.training import megatron_lm_stand_in as stand_in
 from tests.training.foreign_loop import (
     EOD,
     GLOBAL_BATCH,
@@ -44,6 +47,9 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2-vp2": (2, {**PP2, "--num-layers-per-virtual-pipeline-stage": 1, "--let-student-layer": 3}),
     "pp4-middle-stage": (4, {"--pipeline-model-parallel-size": 4}),
 }
+
+
+NAMES = ("let loss", "let cosine", "let cosine centered", "let weight")
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +93,32 @@ def test_a_foreign_loop_computes_the_bits_of_our_own(case: str, pool: RankPool, 
     assert len(reports) == STOP, "one rank speaks, once an iteration"
     for report, row in zip(reports, ours.numbers, strict=True):
         assert report == pytest.approx(row, rel=1e-5, abs=1e-6)  # as many digits are printed
+    assert [host.written for _, host in ranks[:-1]] == [[]] * (world_size - 1), (
+        "the last rank has the writers"
+    )
+    written = [(name, iteration) for name, _, iteration in ranks[-1][1].written]
+    assert written == [(name, iteration) for iteration in range(1, STOP + 1) for name in NAMES]
+    losses = [value for name, value, _ in ranks[-1][1].written if name == "let loss"]
+    assert losses == pytest.approx([loss for loss, _, _ in reports], rel=1e-5)
+
+
+def with_long_intervals(argv: Sequence[str], evaluates: bool) -> tuple[list[Any], list[Any]]:
+    """Run the stand-in's loop, reporting every second iteration."""
+    samples = Samples(*(torch.randint(EOD, (ITERATIONS * GLOBAL_BATCH, 32)) for _ in range(2)))
+    with nullcontext() if evaluates else patch.object(stand_in, "_evaluate"):
+        course = host_course(argv, samples, log_interval=2)
+    return course.numbers, course.written
+
+
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_the_rest_of_the_last_interval_is_reported(
+    evaluates: bool, pool: RankPool, base: dict[str, Any]
+) -> None:
+    """By the evaluation after it, or where there is none by `finish`."""
+    argv = arguments(base, {"--let-stop-iters": ITERATIONS})
+    ((numbers, written),) = pool.run(1, with_long_intervals, argv, evaluates)
+    assert len(numbers) == 2
+    assert [iteration for name, _, iteration in written if name == "let loss"] == [2, ITERATIONS]
 
 
 def resumed_after_stop(argv: Sequence[str]) -> list[int]:

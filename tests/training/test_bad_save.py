@@ -164,7 +164,7 @@ def test_logs_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ConfigError, match=r"--wandb-project p: api_key not configured \(no-tty\); or set"):
         WeightsAndBiases(LoggingConfig(wandb_project="p"), {})
 
-    def writer(directory: str) -> None:
+    def writer(directory: str, *, purge_step: int) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", directory)
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=writer))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_let.errors import ConfigError
+from megatron_let.let.own_loss import LmHead
 from megatron_let.let.teacher import Teacher
 
 
@@ -57,6 +58,9 @@ class BosTeacher(Teacher):
         states = self._inner.states(torch.cat([bos, tokens], dim=1))  # [n, 1 + l, d_t]
         # contiguous: a view would keep the bos's states alive until backward
         return states[:, 1:].contiguous()
+
+    def take_lm_head(self) -> LmHead | None:
+        return self._inner.take_lm_head()
 
     def to(self, device: torch.device | str) -> BosTeacher:
         self._inner.to(device)

@@ -86,3 +86,10 @@ def test_without_a_bos_the_teacher_is_itself(teacher: BosTeacher) -> None:
 def test_an_id_that_the_teacher_does_not_know_is_refused(teacher: BosTeacher) -> None:
     with pytest.raises(ConfigError, match=r"its tokenizer's bos is 9999: .* or --let-teacher-bos off"):
         BosTeacher(teacher._inner, 9999)
+
+
+def test_the_lm_head_is_that_of_the_teacher_behind_the_bos(teacher: BosTeacher) -> None:
+    head = teacher.take_lm_head()
+    assert head is not None
+    assert head(torch.randn(1, 2, teacher.hidden_size)).shape == (1, 2, teacher.vocab_size)
+    assert teacher.take_lm_head() is None

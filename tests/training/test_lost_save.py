@@ -69,7 +69,7 @@ def test_a_file_that_rank_0_does_not_see_is_told_by_rank_and_host(
 
 
 def train_on_a_disk_that_fills(argv: list[str]) -> tuple[int, str] | None:
-    """Train; the disk takes the first hundred bytes of each file of a checkpoint."""
+    """Train; the disk takes 100 kB of each file, which is in the middle of a tensor."""
     write = checkpoint_writer._Hashing.write
 
     def short(stream: Any, data: Any) -> int:
@@ -84,7 +84,7 @@ class _FullFile:
         self._file = file
 
     def write(self, data: Any) -> int:
-        if self._file.tell() > 100:
+        if self._file.tell() > 100_000:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return int(self._file.write(data))
 

@@ -27,7 +27,7 @@ OFFLINE = {
     "OMP_NUM_THREADS": "1",
 }
 # Set by a launcher, a scheduler, a shell for its own window, or a user of the recipes.
-_FOREIGN_PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "TORCHELASTIC_", "MEGATRON_LET_", "NVTE_", "PYTHON")
+_FOREIGN_PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "TORCHELASTIC_", "MEGATRON_LET_", "PYTHON")
 _FOREIGN = frozenset(
     (
         *("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
@@ -36,6 +36,7 @@ _FOREIGN = frozenset(
         *("NODE_RANK", "GPUS_PER_NODE", "CDPATH"),
     )
 )
+_SHARED = ("PATH", "HOME", "TMPDIR")
 _KEPT_BY_PYTHON = {signal.SIGPIPE, signal.SIGXFSZ}  # ignored by the interpreter, given back to what it starts
 _SIGNALS = frozenset(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP, *_KEPT_BY_PYTHON}
 
@@ -54,10 +55,15 @@ def set_surroundings() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGCHLD) is _shield:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for name in [name for name in os.environ if name in _FOREIGN or name.startswith(_FOREIGN_PREFIXES)]:
+    for name in filter(_is_foreign, list(os.environ)):
         del os.environ[name]
     os.environ.update(OFFLINE)
     os.umask(0o022)
+
+
+def _is_foreign(name: str) -> bool:
+    """Return whether an environment variable would change what the tests see."""
+    return name in _FOREIGN or name.startswith(_FOREIGN_PREFIXES)
 
 
 def _shield(number: int, frame: FrameType | None) -> None:
@@ -116,7 +122,10 @@ def _ended(program: subprocess.Popen) -> str | None:
 
 def _state() -> dict[str, object]:
     """Return what is one for the whole program."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    # Others are left alone: libraries keep notes of their own in the environment.
+    environment = {
+        name: value for name, value in os.environ.items() if name in (*OFFLINE, *_SHARED) or _is_foreign(name)
+    }
     actions = {number.name: signal.getsignal(number) for number in _SIGNALS}
     return {"cwd": os.getcwd(), "environment": environment, **actions}
 

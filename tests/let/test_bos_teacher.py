@@ -91,5 +91,6 @@ def test_an_id_that_the_teacher_does_not_know_is_refused(teacher: BosTeacher) ->
 def test_the_lm_head_is_that_of_the_teacher_behind_the_bos(teacher: BosTeacher) -> None:
     head = teacher.take_lm_head()
     assert head is not None
-    assert head(torch.randn(1, 2, teacher.hidden_size)).shape == (1, 2, teacher.vocab_size)
+    logits = head(torch.randn(1, 2, teacher.hidden_size), torch.zeros(1, 2, dtype=torch.long))
+    assert logits.shape == (1, 2, teacher.vocab_size)
     assert teacher.take_lm_head() is None

@@ -45,14 +45,16 @@ def sha256_of_stream(
     return digest.hexdigest()
 
 
-def add_samples(digest: hashlib._Hash, path: Path, samples: int) -> None:
-    """Add 64-KiB samples of a file to a digest, evenly spaced from its first byte to its last.
+def add_samples(
+    digest: hashlib._Hash, path: Path, samples: int, *, sample_bytes: int = _SAMPLE_BYTES
+) -> None:
+    """Add samples of a file to a digest, evenly spaced from its first byte to its last.
 
     Raises:
         OSError: the file cannot be read.
     """
-    last = max(0, path.stat().st_size - _SAMPLE_BYTES)
+    last = max(0, path.stat().st_size - sample_bytes)
     with open_regular(path) as stream:
         for index in range(samples):
             stream.seek(last * index // (samples - 1))
-            digest.update(stream.read(_SAMPLE_BYTES))
+            digest.update(stream.read(sample_bytes))

@@ -67,7 +67,7 @@ class CachedGPTDataset(GPTDataset):
 
     def require_unchanged(self) -> None:
         """Raise ConfigError when the files were changed since the data set was built."""
-        self._files.require_unchanged()
+        self._files = self._files.require_unchanged()
 
     def _build_document_sample_shuffle_indices(self) -> tuple[Any, ...]:
         directory = self.config.path_to_cache

@@ -94,6 +94,13 @@ def test_a_changed_file_is_named_in_one_line(change: str, read_on: tuple[Path, C
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_is_touched_is_read_on(read_on: tuple[Path, Callable[[], None]]) -> None:
+    prefix, read = read_on
+    for suffix in (".bin", ".idx"):
+        os.utime(f"{prefix}{suffix}")
+    read()
+
+
 @pytest.mark.parametrize("num_workers", [1])
 def test_a_file_that_is_cut_while_a_worker_reads_it_is_named_though_the_worker_is_killed(
     num_workers: int, tmp_path: Path, one_process: ParallelContext, monkeypatch: pytest.MonkeyPatch

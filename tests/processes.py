@@ -1,8 +1,12 @@
-"""Is a program still there?"""
+"""Is a program still there, and how long is waited for one?"""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+HANG_SECONDS = 600.0
+"""What has not ended by then never will. On a crowded machine an import of torch takes a minute; a test that passes does not
+wait, so no test states less."""
 
 
 def is_running(pid: int) -> bool:

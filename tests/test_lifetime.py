@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.processes import is_running
+from tests.processes import HANG_SECONDS, is_running
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="only Linux's kernel promises it"
@@ -52,7 +52,7 @@ def test_a_forked_child_ends_with_a_killed_parent(words: list[str], ends_with_pa
             assert is_running(child)
             program.kill()
             program.wait()
-            deadline = time.monotonic() + (10 if ends_with_parent else 0.5)
+            deadline = time.monotonic() + (HANG_SECONDS if ends_with_parent else 0.5)
             while is_running(child) and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert is_running(child) == (not ends_with_parent)

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 
 from megatron_let.limits import exceeded_limit, free_shared_memory
+from tests.processes import HANG_SECONDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,7 +43,9 @@ def test_too_many_open_files_are_one_line_and_code_2() -> None:
         "-c",
         OPENS_FILES,
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
+    )
     assert done.returncode == 2, done.stderr
     assert done.stderr == (  # the limit itself is what the system allows, not what the shell had set
         "error: too many open files: 300 are allowed (ulimit -n); raise the limit, or lower --num-workers\n"
@@ -53,7 +56,9 @@ def test_too_many_open_files_are_one_line_and_code_2() -> None:
 def test_a_limit_that_no_rank_can_live_with_is_refused_at_the_start(module: str) -> None:
     words = ["--nproc-per-node", "2", "pretrain_let.py"] if module == "megatron_let.launch" else []
     command = [*("bash", "-c", 'ulimit -n 64; exec "$@"', "shell"), sys.executable, "-m", module, *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
+    )
     assert done.returncode == 2
     assert done.stderr == (
         "error: only 64 files may be open (ulimit -n), and a rank needs 256 at least; raise the limit\n"

@@ -24,11 +24,11 @@ from megatron_let.testing.training import (
     train,
 )
 from megatron_let.training.arguments import parse_arguments
+from tests.processes import HANG_SECONDS
 
 ROOT = Path(__file__).parents[1]
 ON_A_GPU_MACHINE = Packages(transformer_engine=True, apex=True)
 SMOLLM_IDS, LLAMA_3_IDS = 49_152, 128_256
-LIMIT = 120
 
 
 def recipe(name: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -40,7 +40,7 @@ def recipe(name: str, *words: str, **variables: str) -> subprocess.CompletedProc
         env=environment,
         capture_output=True,
         text=True,
-        timeout=LIMIT,
+        timeout=HANG_SECONDS,
         check=False,
     )
 
@@ -174,7 +174,7 @@ def test_two_nodes_train_what_one_node_trains(tmp_path: Path, pool: RankPool) ->
         for rank in ("1", "0")
     ]
     try:
-        printed = [node.communicate(timeout=LIMIT)[0] for node in nodes]
+        printed = [node.communicate(timeout=HANG_SECONDS)[0] for node in nodes]
     finally:
         for node in nodes:
             node.kill()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import HANG_SECONDS
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [
     *sorted((ROOT / "scripts").glob("*.sh")),
@@ -60,7 +62,7 @@ def set_up(checkout: Path, **environment: str) -> subprocess.CompletedProcess[st
         env=variables,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=HANG_SECONDS,
         check=False,
     )
 
@@ -159,7 +161,9 @@ def test_continuous_integration_ends_as_the_test_script_whatever_can_be_installe
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing() -> None:
-    done = subprocess.run(["shellcheck", *SCRIPTS], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        ["shellcheck", *SCRIPTS], capture_output=True, text=True, timeout=HANG_SECONDS, check=False
+    )
     assert done.stdout == ""
 
 

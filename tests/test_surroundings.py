@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+from tests.processes import HANG_SECONDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,7 +80,7 @@ def test_what_is_inherited_changes_nothing_and_what_is_left_is_its_own_tests_fau
         env={**os.environ, "SLURM_PROCID": "1", "RANK": "2", "SAVE": "x", "COLUMNS": "40"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
         check=False,
     )
     (told,) = re.findall("^child: (.*)$", done.stdout, re.MULTILINE)
@@ -90,3 +94,22 @@ def test_what_is_inherited_changes_nothing_and_what_is_left_is_its_own_tests_fau
     assert "the test leaves behind: the running `sleep 600`" in done.stdout
     for what in ("another working directory (/)", "changed variables (RANK)", "another action of SIGTERM"):
         assert what in done.stdout
+
+
+def short_limits(tree: ast.AST) -> Iterator[float]:
+    """Yield the limits that give something seconds of a test's own, fewer than a crowded machine may need."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == "timeout" and isinstance(node.value, ast.Constant):
+            seconds = node.value.value
+            if isinstance(seconds, int | float) and seconds < HANG_SECONDS:
+                yield seconds
+
+
+def test_no_test_waits_by_a_limit_of_its_own() -> None:
+    found = {
+        str(path.relative_to(ROOT)): limits
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        if (limits := list(short_limits(ast.parse(path.read_text()))))
+    }
+    passed_on_purpose = {"tests/testing/test_distributed.py": [0.5]}
+    assert found == passed_on_purpose, "wait for tests.processes.HANG_SECONDS"

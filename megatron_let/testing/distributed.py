@@ -38,7 +38,8 @@ from megatron_let.testing.worker import Case, Outcome, WarningFilter, serve
 
 Result = TypeVar("Result")
 
-DEFAULT_TIMEOUT = 120.0
+DEFAULT_TIMEOUT = 600.0
+"""Seconds: on a crowded machine the workers alone take a minute to start."""
 # Once a rank has failed, its peers get this long to report their own end: enough for a "connection closed" to
 # arrive, short beside a hang.
 FAILURE_GRACE = 2.0

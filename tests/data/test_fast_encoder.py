@@ -29,6 +29,7 @@ from megatron_let.data.probes import probe_texts
 from megatron_let.errors import ConfigError, LetError
 from megatron_let.optional import has_gigatoken
 from tests.data.conftest import SENTENCES
+from tests.processes import HANG_SECONDS
 
 needs_gigatoken = pytest.mark.skipif(not has_gigatoken(), reason="gigatoken is not installed")
 TEXTS = [*SENTENCES, "", "a\x00b <|endoftext|> end", "x" * 20_000]
@@ -320,6 +321,6 @@ def test_a_worker_gets_it_without_torch_and_transformers(fast: BatchEncoder, tmp
         "print(encoder.encode(['the quick fox']).to_lists(), {'torch', 'transformers'} & set(sys.modules))"
     )
     result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=HANG_SECONDS
     )
     assert result.stdout.strip() == f"{fast.encode(['the quick fox']).to_lists()} set()"

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_let.data.journal import Journal, WorkingDirectory, changed_arguments
 from megatron_let.errors import ConfigError
+from tests.processes import HANG_SECONDS
 
 JOURNAL = Journal({"--append-eod": True}, {"source": 1})
 
@@ -154,7 +155,7 @@ def test_a_second_run_is_refused_and_a_dead_one_holds_nothing(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="another run is writing"):
         WorkingDirectory(prefix)
     holder.kill()
-    holder.communicate(timeout=20)
+    holder.communicate(timeout=HANG_SECONDS)
     with WorkingDirectory(prefix) as directory:
         assert directory.read_journal() == Journal({}, {})
 

@@ -14,6 +14,7 @@ import zstandard
 from megatron_let.data.manifest import Manifest, read_manifest
 from megatron_let.testing.peak_memory import measured, peak_of
 from tests.data.conftest import write_tokenizer_directory
+from tests.processes import HANG_SECONDS
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 # Half of the 1 GiB that is promised, and half of what is read. It is made up of libraries (170 MB), the words that
@@ -81,7 +82,7 @@ def preprocess(backend: object, source: Path, *flags: object) -> tuple[int, Mani
     ]
     command += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)]
     result = subprocess.run(
-        measured([*command, *map(str, flags)]), capture_output=True, text=True, timeout=300
+        measured([*command, *map(str, flags)]), capture_output=True, text=True, timeout=HANG_SECONDS
     )
     assert result.returncode == 0, result.stderr
     manifest = read_manifest(str(source.parent / "out_text_document"))

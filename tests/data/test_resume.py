@@ -27,6 +27,7 @@ from tests.data.stopped_runs import (
     stopping_at_rename,
     whole_run,
 )
+from tests.processes import HANG_SECONDS
 
 PROGRAM = Path(__file__).with_name("preprocess_program.py")
 KILLS = 30
@@ -57,7 +58,7 @@ def test_killed_at_random_moments_a_run_goes_on_to_the_same_bytes(
             num_resumed += wait_into(run, tmp_path / "killed" / "out.partial", is_writing=num_killed % 2 == 1)
             time.sleep(choose.uniform(0.0, 0.25))
             run.send_signal(signal.SIGKILL)
-        output = run.communicate(timeout=60)[0]
+        output = run.communicate(timeout=HANG_SECONDS)[0]
         num_killed += run.returncode == -signal.SIGKILL
         if run.returncode == 0:
             num_finished += 1

@@ -14,6 +14,7 @@ from megatron_let.data.manifest import SubsetCount, read_manifest
 from megatron_let.data.preprocess import PreprocessSettings, preprocess
 from megatron_let.errors import ConfigError
 from tests.data.runs import NUMBERS, PROGRAM, WriteJsonl, good, one, run
+from tests.processes import HANG_SECONDS
 
 
 class TestSubsets:
@@ -188,7 +189,7 @@ class TestSubsets:
             ["bash", "-c", f"ulimit -Sn 200; {limit}", "bash", *command],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=HANG_SECONDS,
         )
         if hard:
             assert result.returncode == 1

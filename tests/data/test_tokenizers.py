@@ -15,6 +15,7 @@ import pytest
 from megatron_let.data import hf_directory
 from megatron_let.data.tokenizers import NO_PAD, SENTENCEPIECE_TYPES, build_tokenizer
 from megatron_let.errors import ConfigError
+from tests.processes import HANG_SECONDS
 
 TEXT = "the quick fox\n\tünïcode 日本語 🤖 \x00 <|endoftext|> end"
 
@@ -49,7 +50,7 @@ def test_importing_the_module_loads_no_tokenizer_library() -> None:
         "print([name for name in ('torch', 'transformers', 'tokenizers', 'sentencepiece') if name in sys.modules])"
     )
     result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=HANG_SECONDS
     )
     assert result.stdout.strip() == "[]"
 
@@ -246,7 +247,7 @@ def test_an_offline_tool_loads_the_same_tokenizer_without_torch(
         first=first, directory=str(tokenizer_directory), without_torch=without_torch, text=TEXT
     )
     result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=HANG_SECONDS
     )
     expected = huggingface(tokenizer_directory)
     assert result.stdout.splitlines() == [

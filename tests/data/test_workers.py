@@ -105,11 +105,9 @@ def test_a_message_for_people_comes_through_as_it_is(num_workers: int) -> None:
     ],
 )
 def test_a_failed_or_dead_worker_ends_the_run_at_once(function: object, message: str) -> None:
-    started = time.monotonic()
     with pytest.raises(LetError, match=message) as caught:
-        list(map_in_order(function, range(1000), 2))  # type: ignore[arg-type]
+        list(map_in_order(function, range(1_000_000), 2))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - started < 20
 
 
 def test_an_error_while_reading_comes_through_and_ends_the_workers() -> None:

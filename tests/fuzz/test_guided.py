@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz import guided
+from tests.processes import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
 needs_atheris = pytest.mark.skipif(
@@ -29,7 +30,7 @@ def run(words: list[str], directory: Path) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
         check=False,
     )
 

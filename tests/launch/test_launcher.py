@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from megatron_let.launch.launcher import main
-from tests.processes import is_running
+from tests.processes import HANG_SECONDS, is_running
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "program.py"
-LIMIT = 300  # seconds, on a machine that does other things too; each takes three to five alone
+
 
 Launch = Callable[..., subprocess.Popen]
 
@@ -59,7 +59,7 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 
 def wait_for(is_so: Callable[[], bool]) -> None:
     """Wait until something is so, or fail."""
-    deadline = time.monotonic() + LIMIT
+    deadline = time.monotonic() + HANG_SECONDS
     while not is_so():
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.02)
@@ -78,7 +78,7 @@ def workers_run(directory: Path) -> bool:
 
 def test_a_good_run_ends_with_0_and_says_only_what_its_workers_say(launch: Launch, tmp_path: Path) -> None:
     program = launch("well")
-    out, err = program.communicate(timeout=LIMIT)
+    out, err = program.communicate(timeout=HANG_SECONDS)
     assert program.returncode == 0, err
     assert out.splitlines() == ["sum 2", "sum 2"]
     assert status_in(tmp_path)["reason"] == "done"
@@ -87,7 +87,7 @@ def test_a_good_run_ends_with_0_and_says_only_what_its_workers_say(launch: Launc
 def test_a_configuration_error_of_all_ranks_is_one_line_and_code_2(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "exit_status.json").write_text("of an earlier run")
     program = launch("all_misconfigured")
-    out, err = program.communicate(timeout=LIMIT)
+    out, err = program.communicate(timeout=HANG_SECONDS)
     assert program.returncode == 2
     assert out == ""
     assert err.count("\n") == 1
@@ -101,7 +101,7 @@ def test_a_crash_of_one_rank_shows_its_traceback_last_and_ends_the_others(
     launch: Launch, tmp_path: Path
 ) -> None:
     program = launch("rank_1_raises")
-    _, err = program.communicate(timeout=LIMIT)
+    _, err = program.communicate(timeout=HANG_SECONDS)
     assert program.returncode == 1
     assert err.startswith("rank 1:\nTraceback")
     assert err.endswith("RuntimeError: the tap dripped\n")
@@ -112,7 +112,7 @@ def test_a_crash_of_one_rank_shows_its_traceback_last_and_ends_the_others(
 
 def test_a_worker_killed_by_a_signal_gives_128_plus_n(launch: Launch, tmp_path: Path) -> None:
     program = launch("rank_1_killed")
-    _, err = program.communicate(timeout=LIMIT)
+    _, err = program.communicate(timeout=HANG_SECONDS)
     assert program.returncode == 128 + signal.SIGKILL
     assert err.count("\n") == 1
     assert err.startswith("error: rank 1 (pid ")
@@ -121,7 +121,7 @@ def test_a_worker_killed_by_a_signal_gives_128_plus_n(launch: Launch, tmp_path: 
 
 def test_a_code_without_a_word_is_passed_on_and_named(launch: Launch) -> None:
     program = launch("plain_code")
-    _, err = program.communicate(timeout=LIMIT)
+    _, err = program.communicate(timeout=HANG_SECONDS)
     assert program.returncode == 7
     assert err == "error: rank 1 ended with exit code 7; its own output says why\n"
 
@@ -135,7 +135,7 @@ def test_a_signal_goes_to_the_workers_which_may_save_and_choose_the_code(
     program.send_signal(number)
     wait_for(lambda: all((tmp_path / f"saving_{rank}").exists() for rank in (0, 1)))
     program.send_signal(number)  # a second one during the save
-    _, err = program.communicate(timeout=LIMIT)
+    _, err = program.communicate(timeout=HANG_SECONDS)
     assert program.returncode == 5, err
     assert all(int((tmp_path / f"saved_{rank}").read_text()) >= 2 for rank in (0, 1))
     assert status_in(tmp_path)["exit_code"] == 5
@@ -148,7 +148,7 @@ def test_under_nohup_a_hangup_is_nothing_and_sigterm_is_heard_whatever_came_igno
     wait_for(lambda: all((tmp_path / f"ready_{rank}").exists() for rank in (0, 1)))
     os.killpg(program.pid, signal.SIGHUP)  # the launcher alone: each worker has a group of its own
     program.send_signal(signal.SIGTERM)
-    _, err = program.communicate(timeout=LIMIT)
+    _, err = program.communicate(timeout=HANG_SECONDS)
     assert program.returncode == 5, err
 
 
@@ -156,7 +156,7 @@ def test_workers_that_ignore_sigterm_are_killed_after_the_grace(launch: Launch, 
     program = launch("ignores_sigterm", "--shutdown-timeout", "1")
     wait_for(lambda: all((tmp_path / f"ready_{rank}").exists() for rank in (0, 1)))
     program.send_signal(signal.SIGTERM)
-    program.communicate(timeout=LIMIT)  # they would wait for twice as long
+    program.communicate(timeout=HANG_SECONDS)  # they would wait for twice as long
     assert program.returncode == 128 + signal.SIGKILL
     assert not workers_run(tmp_path)
 
@@ -168,7 +168,7 @@ def test_ctrl_c_delivered_twice_is_one_and_a_worker_says_it_in_one_line(
     wait_for(lambda: all((tmp_path / f"ready_{rank}").exists() for rank in (0, 1)))
     program.send_signal(signal.SIGINT)
     program.send_signal(signal.SIGINT)
-    _, err = program.communicate(timeout=LIMIT)
+    _, err = program.communicate(timeout=HANG_SECONDS)
     assert (program.returncode, err) == (128 + signal.SIGINT, "error: interrupted\n")
 
 
@@ -178,7 +178,7 @@ def test_a_second_signal_ends_the_run_at_once_in_one_line(launch: Launch, tmp_pa
     program.send_signal(signal.SIGTERM)
     wait_for(lambda: all((tmp_path / f"heard_{rank}_1").exists() for rank in (0, 1)))
     program.send_signal(signal.SIGTERM)
-    _, err = program.communicate(timeout=LIMIT)
+    _, err = program.communicate(timeout=HANG_SECONDS)
     assert program.returncode == 128 + signal.SIGTERM
     assert err.startswith("error: a second one (")
     assert err.count("\n") == 1
@@ -212,7 +212,7 @@ def test_nothing_outlives_a_launcher_or_a_worker_that_is_killed(
     assert workers_run(tmp_path)
     kill(program, tmp_path)
     if kill is kill_rank_1:
-        _, err = program.communicate(timeout=LIMIT)
+        _, err = program.communicate(timeout=HANG_SECONDS)
         assert program.returncode != 0
         assert "rank 1 (pid " in err or "rank      : 1" in err
     wait_for(lambda: not workers_run(tmp_path))
@@ -220,7 +220,7 @@ def test_nothing_outlives_a_launcher_or_a_worker_that_is_killed(
 
 def test_under_bare_torchrun_the_line_is_one_ranks_last_word(launch: Launch) -> None:
     program = launch("rank_1_misconfigured", launcher="torch.distributed.run")
-    _, err = program.communicate(timeout=LIMIT)
+    _, err = program.communicate(timeout=HANG_SECONDS)
     lines = [line for line in err.splitlines() if line.startswith("error:")]
     assert lines == ["error: 3 is given, only 1, 2 and 4 are allowed (1)"]
 
@@ -231,7 +231,7 @@ def test_a_port_that_is_taken_is_one_line_and_code_2(launch: Launch) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         program = launch("well", "--master-addr", "127.0.0.1", "--master-port", str(port))
-        _, err = program.communicate(timeout=LIMIT)
+        _, err = program.communicate(timeout=HANG_SECONDS)
     assert program.returncode == 2
     assert re.fullmatch(
         rf"error: a port is in use \(.*port: {port}.*\); give another --master-port .*\n", err

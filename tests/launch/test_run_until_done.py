@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from megatron_let.testing.training import TINY_STUDENT, arguments, training_rows
+from tests.processes import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "run_until_done.sh"
-LIMIT = 300  # seconds, on a machine that does other things too
+
 
 # A run in small: notes each start, then does what the start's own line of the plan says.
 STUB = """#!/usr/bin/env bash
@@ -58,7 +59,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     for program in started:
         with suppress(ProcessLookupError):  # what it started may still be there when it has ended
             os.killpg(program.pid, signal.SIGKILL)
-        program.communicate(timeout=LIMIT)
+        program.communicate(timeout=HANG_SECONDS)
 
 
 def num_starts(tmp_path: Path) -> int:
@@ -69,7 +70,7 @@ def num_starts(tmp_path: Path) -> int:
 
 def ended(program: subprocess.Popen) -> tuple[int, str]:
     """Return the script's exit code and the last line that it said."""
-    _, err = program.communicate(timeout=LIMIT)
+    _, err = program.communicate(timeout=HANG_SECONDS)
     lines = err.splitlines()
     assert program.returncode in range(256), err
     return program.returncode, lines[-1] if lines else ""
@@ -244,7 +245,7 @@ def test_a_signal_during_the_pause_ends_it(start: Start, tmp_path: Path) -> None
 )
 def test_a_mistake_is_one_line_and_code_2(words: list[str], message: str) -> None:
     done = subprocess.run(
-        ["bash", str(SCRIPT), *words], capture_output=True, text=True, timeout=LIMIT, check=False
+        ["bash", str(SCRIPT), *words], capture_output=True, text=True, timeout=HANG_SECONDS, check=False
     )
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {message}")
@@ -258,7 +259,7 @@ def test_a_real_run_that_is_preempted_is_brought_to_its_end(tmp_path: Path) -> N
         ["bash", str(SCRIPT), "--pause", "0", *command],
         capture_output=True,
         text=True,
-        timeout=LIMIT,
+        timeout=HANG_SECONDS,
         cwd=ROOT,
         check=False,
     )
@@ -269,7 +270,7 @@ def test_a_real_run_that_is_preempted_is_brought_to_its_end(tmp_path: Path) -> N
 
 def wait_for(is_so: Callable[[], bool]) -> None:
     """Wait until something is so, or fail."""
-    deadline = time.monotonic() + LIMIT
+    deadline = time.monotonic() + HANG_SECONDS
     while not is_so():
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.02)

@@ -18,10 +18,11 @@ from megatron_let.testing.distributed import _free_port
 from megatron_let.testing.training import TINY_STUDENT, arguments
 from megatron_let.training.checkpoint_files import find_damage, read_tracker
 from tests.launch.test_launcher import ROOT, status_in, wait_for, workers_run
+from tests.processes import HANG_SECONDS
 
 PROGRAM = Path(__file__).parent / "training_program.py"
 SCRIPT = ROOT / "scripts" / "run_until_done.sh"
-LIMIT = 300  # seconds, on a machine that does other things too; each takes about ten
+
 
 Launch = Callable[..., subprocess.Popen]
 
@@ -76,7 +77,7 @@ def test_what_fails_on_one_rank_is_said_last_and_ends_all(fault: str, launch: La
     # Forked data-loader workers would keep the failing rank's connections open.
     changes = {"--num-workers": 0} if fault == "slow_end" else {}
     program = launch(fault, changes={"--save-interval": 2, **changes})
-    _, err = program.communicate(timeout=LIMIT)
+    _, err = program.communicate(timeout=HANG_SECONDS)
     assert program.returncode == 1
     last = err[err.rindex("rank 1:\nTraceback") :]
     assert CAUSES[fault] in last
@@ -89,7 +90,7 @@ def test_what_fails_on_one_rank_is_said_last_and_ends_all(fault: str, launch: La
 
 def test_a_killed_data_loader_worker_is_named_with_its_signal(launch: Launch, tmp_path: Path) -> None:
     program = launch("kill_loader", changes={"--save-interval": 2})
-    _, err = program.communicate(timeout=LIMIT)
+    _, err = program.communicate(timeout=HANG_SECONDS)
     assert program.returncode == 1, err
     last = err.splitlines()[-1]
     assert re.match(r"error: data-loader worker 0 \(pid \d+\) of rank 1 was ended by SIGKILL \(often: ", last)
@@ -109,7 +110,7 @@ def test_sigterm_to_everything_at_once_and_twice_saves_and_is_not_started_again(
         for note in tmp_path.glob("pid_*"):  # ranks and loaders, as a scheduler does
             os.kill(int(note.read_text()), signal.SIGTERM)
         time.sleep(0.4)
-    _, err = program.communicate(timeout=LIMIT)
+    _, err = program.communicate(timeout=HANG_SECONDS)
     assert program.returncode == 3, err
     assert err.endswith("run_until_done: exit code 3 after SIGTERM: not started again\n")
     saved = read_tracker(tmp_path / "save")
@@ -125,7 +126,7 @@ def test_a_second_signal_in_a_save_ends_at_once_and_leaves_the_checkpoint_before
 ) -> None:
     changes: dict[str, object] = {"--exit-signal-handler": None, "--train-iters": 1000, "--exit-interval": 2}
     program = launch("slow", changes=changes)
-    program.communicate(timeout=LIMIT)
+    program.communicate(timeout=HANG_SECONDS)
     assert program.returncode == 3
     changes.pop("--exit-interval")
     for note in tmp_path.glob("pid_*"):
@@ -135,10 +136,8 @@ def test_a_second_signal_in_a_save_ends_at_once_and_leaves_the_checkpoint_before
     program.terminate()
     wait_for(lambda: all((tmp_path / f"saving_{rank}").exists() for rank in (0, 1)))
     time.sleep(2.2)
-    sent = time.monotonic()
     program.terminate()
-    _, err = program.communicate(timeout=LIMIT)
-    assert time.monotonic() - sent < 5, "it waited for the save"
+    _, err = program.communicate(timeout=HANG_SECONDS)  # the save would take hours
     assert program.returncode == 128 + signal.SIGTERM
     assert "error: SIGTERM came again after " in err.splitlines()[-1]
     assert read_tracker(tmp_path / "save") == 2
@@ -148,7 +147,7 @@ def test_a_second_signal_in_a_save_ends_at_once_and_leaves_the_checkpoint_before
 
 def test_under_bare_torchrun_the_others_end_when_a_rank_is_killed(launch: Launch, tmp_path: Path) -> None:
     program = launch("kill_rank", launcher="torch.distributed.run")
-    _, err = program.communicate(timeout=LIMIT)
+    _, err = program.communicate(timeout=HANG_SECONDS)
     assert program.returncode == 1
     assert "rank      : 1 (local_rank: 1)" in err
     assert "Signal 9 (SIGKILL)" in err
@@ -162,7 +161,7 @@ def test_sigusr1_to_bare_torchrun_loses_nothing(script: bool, launch: Launch, tm
     program = launch("slow", *before, launcher="torch.distributed.run", changes=changes)
     wait_for(lambda: len(list(tmp_path.glob("pid_*"))) == 2)
     program.send_signal(signal.SIGUSR1)
-    program.communicate(timeout=LIMIT)
+    program.communicate(timeout=HANG_SECONDS)
     # The script has torchrun pass it on. Alone torchrun ends by it, and its ranks hear of that.
     assert program.returncode == (3 if script else -signal.SIGUSR1)
     wait_for(lambda: not workers_run(tmp_path))
@@ -180,7 +179,7 @@ def test_on_two_nodes_a_killed_rank_ends_both_and_its_own_node_names_it(
     nodes = [
         launch("kill_rank", words=("--nnodes", "2", "--nproc-per-node", "1", *rendezvous)) for _ in range(2)
     ]
-    ends = [(node.communicate(timeout=LIMIT)[1], node.returncode) for node in nodes]
+    ends = [(node.communicate(timeout=HANG_SECONDS)[1], node.returncode) for node in nodes]
     assert sorted(code for _, code in ends) == [1, 128 + signal.SIGKILL]
     ((killed, _),) = [end for end in ends if end[1] != 1]
     ((other, _),) = [end for end in ends if end[1] == 1]

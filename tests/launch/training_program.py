@@ -105,7 +105,7 @@ class Faults:
         if self.fault == "slow":
             if iteration >= 3:
                 (self.notes / f"saving_{RANK}").touch()
-            time.sleep(8 if os.environ.get("SAVES_LONG") else 1)
+            time.sleep(10_000 if os.environ.get("SAVES_LONG") else 1)
 
     def leave_ids(self) -> None:
         """Leave the ids of this rank and its workers."""

@@ -17,6 +17,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import _device_constructors
 
 from megatron_let.mcore.cpu_backend import FACTORIES, cpu_backend
+from tests.processes import HANG_SECONDS
 
 REPLACED = [
     (torch.cuda, "current_device"),
@@ -149,5 +150,7 @@ def test_training_starts_without_torchs_compiler() -> None:
         "assert torch.compile is compiler\n"
         "print([name for name in ('torch._inductor', 'torch._dynamo') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert done.stdout == "[]\n", done.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_let.errors import EXIT_BAD_CONFIGURATION
+from tests.processes import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -31,7 +32,7 @@ def test_without_a_gpu_kernels_for_gpus_are_left_alone(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert ended.stdout.split() == ["True", "False", "False"], ended.stderr
@@ -50,7 +51,7 @@ def test_another_megatron_on_the_path_is_named(version: str, tmp_path: Path) -> 
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert ended.returncode == EXIT_BAD_CONFIGURATION, ended.stderr

@@ -26,7 +26,7 @@ from megatron_let.mcore.safe_pickle import read_pickle, record_type, refusals
 from megatron_let.mcore.torch_file import load_torch_file
 
 SOON = 10.0
-"""Seconds; the pickles here are refused in milliseconds, and what they ask for takes minutes or for ever."""
+"""Seconds of processor time; the pickles here are refused in milliseconds, and what they ask for takes minutes or for ever."""
 
 METADATA = b"ctorch.distributed.checkpoint.metadata\nMetadata\n"
 
@@ -54,10 +54,10 @@ def copy(written: Path, tmp_path: Path) -> Path:
 
 def refused(action: Callable[[], object]) -> str:
     """Return the one line of a refusal that comes soon."""
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ConfigError) as caught:
         action()
-    assert time.monotonic() - began < SOON
+    assert time.process_time() - began < SOON
     message = str(caught.value)
     assert "\n" not in message
     assert len(message) < 1000

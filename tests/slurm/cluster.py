@@ -11,6 +11,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from tests.processes import HANG_SECONDS
+
 ROOT = Path(__file__).parents[2]
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "setpriv", "python3")
 _PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -54,7 +56,13 @@ class Cluster:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             environment.pop(name, None)
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+            command,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=HANG_SECONDS,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -79,7 +87,7 @@ class Cluster:
         with suppress(BrokenPipeError):
             self._program.stdin.close()
         try:
-            self._program.wait(timeout=60)
+            self._program.wait(timeout=HANG_SECONDS)
         except subprocess.TimeoutExpired:
             self._program.kill()
 

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import HANG_SECONDS
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "slurm" / "pretrain_let.sbatch"
-LIMIT = 300  # seconds, on a machine that does other things too
+
 
 # The node check prints what UNFIT says, a run does what RUN says. As the real one it kills its tasks at SIGTERM.
 SRUN = """#!/usr/bin/env bash
@@ -79,13 +81,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 def ended(program: subprocess.Popen) -> tuple[int, str]:
     """Return the script's exit code and what it said."""
-    _, err = program.communicate(timeout=LIMIT)
+    _, err = program.communicate(timeout=HANG_SECONDS)
     return program.returncode, err
 
 
 def signalled(program: subprocess.Popen, tmp_path: Path, number: int) -> tuple[int, str]:
     """Send the script a signal once its run is at work, and return how it ended."""
-    deadline = time.monotonic() + LIMIT
+    deadline = time.monotonic() + HANG_SECONDS
     while not (tmp_path / "ready").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import HANG_SECONDS
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "slurm" / "check_node.sh"
 QUERY = "--query-gpu=index,ecc.errors.uncorrected.volatile.total,retired_pages.pending,remapped_rows.pending"
 
@@ -23,7 +25,7 @@ def check(tmp_path: Path, gpus: str | None, **changes: str) -> tuple[int, str]:
         env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURMD_NODENAME": "node7", **changes},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert done.stderr == ""

@@ -15,6 +15,7 @@ from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.tiny_teachers import write_tiny_teacher
 from megatron_let.testing.training import assert_bitwise, numbers, train
 from megatron_let.training.checkpoint_files import read_tracker
+from tests.processes import HANG_SECONDS
 from tests.slurm.cluster import ROOT, Cluster, missing, wait_for
 
 WHY_NOT = missing()
@@ -23,7 +24,6 @@ pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 BATCH_SCRIPT = "scripts/slurm/pretrain_let.sbatch"
 RECIPE = "scripts/pretrain_let_tiny.sh"
 ON_THIS_MACHINE = ("--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1")
-LIMIT = 240.0  # seconds for one thing to happen, on a machine that does many other things
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +47,13 @@ def test_a_run_cut_by_its_time_limit_ends_as_an_uncut_one(
         NOTES=str(tmp_path),
         ENTRY=str(Path(__file__).with_name("waiting_program.py")),
     )
-    wait_for(lambda: all((tmp_path / f"waits_{rank}").exists() for rank in (0, 1)), LIMIT)
+    wait_for(lambda: all((tmp_path / f"waits_{rank}").exists() for rank in (0, 1)), HANG_SECONDS)
     hours, minutes, _ = (int(part) for part in cluster.job(job)["RunTime"].split(":"))
     # Slurm looks at its limits twice a minute: this one is near when it looks next, and a minute or more away.
     cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
-    wait_for(lambda: cluster.job(job)["Restarts"] == "1", LIMIT)
+    wait_for(lambda: cluster.job(job)["Restarts"] == "1", HANG_SECONDS)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
-    wait_for(lambda: cluster.is_over(job), LIMIT)
+    wait_for(lambda: cluster.is_over(job), HANG_SECONDS)
     printed = log.read_text()
     end = cluster.job(job)
     assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("COMPLETED", "0:0", "1"), printed
@@ -76,9 +76,9 @@ def test_a_run_that_is_told_to_end_saves_and_does_not_come_back(cluster: Cluster
         NOTES=str(tmp_path),
         ENTRY=str(Path(__file__).with_name("waiting_program.py")),
     )
-    wait_for(lambda: all((tmp_path / f"waits_{rank}").exists() for rank in (0, 1)), LIMIT)
+    wait_for(lambda: all((tmp_path / f"waits_{rank}").exists() for rank in (0, 1)), HANG_SECONDS)
     cluster.run("scancel", "--batch", "--signal=TERM", job)
-    wait_for(lambda: cluster.is_over(job), LIMIT)
+    wait_for(lambda: cluster.is_over(job), HANG_SECONDS)
     printed = log.read_text()
     end = cluster.job(job)
     assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "3:0", "0"), printed
@@ -91,7 +91,12 @@ def flags_of_recipe(**variables: str) -> list[str]:
     """Return the flags with which the recipe starts the training program."""
     environment = {"PATH": os.environ["PATH"], "LAUNCHER": "srun", "DRY_RUN": "1", **variables}
     done = subprocess.run(
-        ["bash", str(ROOT / RECIPE)], env=environment, capture_output=True, text=True, timeout=30, check=True
+        ["bash", str(ROOT / RECIPE)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        check=True,
     )
     return shlex.split(done.stdout)[2:]
 
@@ -100,8 +105,8 @@ def test_an_unfit_node_is_left_out_when_the_job_goes_back(cluster: Cluster, tmp_
     log = tmp_path / "job.log"
     settings = {"SAVE": str(tmp_path / "save"), "MIN_FREE_MB": str(1 << 40)}
     job = cluster.submit(*ON_THIS_MACHINE, "--time=1", f"--output={log}", BATCH_SCRIPT, RECIPE, **settings)
-    wait_for(lambda: cluster.job(job)["ExcNodeList"] == "node1", LIMIT)
-    wait_for(lambda: cluster.job(job)["JobState"] == "PENDING", LIMIT)
+    wait_for(lambda: cluster.job(job)["ExcNodeList"] == "node1", HANG_SECONDS)
+    wait_for(lambda: cluster.job(job)["JobState"] == "PENDING", HANG_SECONDS)
     cluster.run("scancel", job)
     printed = log.read_text()
     assert "pretrain_let.sbatch: unfit: node1: only " in printed
@@ -123,7 +128,7 @@ def test_ranks_are_the_tasks_of_a_step_and_nothing_else(cluster: Cluster, tmp_pa
     )
     words = ("--ntasks=3", "--array=0-1", "--time=1", f"--output={tmp_path}/%a.log", str(script))
     job = cluster.submit(*words)
-    wait_for(lambda: cluster.is_over(job), LIMIT)
+    wait_for(lambda: cluster.is_over(job), HANG_SECONDS)
     ports = []
     for member in ("0", "1"):
         printed = (tmp_path / f"{member}.log").read_text().splitlines()
@@ -158,7 +163,7 @@ def test_a_mistake_under_srun_is_said_once_and_its_code_is_the_steps(
         f'#!/bin/bash\nsrun --kill-on-bad-exit=1 "$PYTHON" -c {shlex.quote(REFUSED)}\necho "code $?"\n'
     )
     job = cluster.submit("--ntasks=4", "--time=1", f"--output={log}", str(script))
-    wait_for(lambda: cluster.is_over(job), LIMIT)
+    wait_for(lambda: cluster.is_over(job), HANG_SECONDS)
     lines = log.read_text().splitlines()
     assert [line for line in lines if "k = 9" in line] == ["error: k = 9 is given, 1 to 8 is allowed"]
     assert lines[-1] == "code 2"

@@ -23,9 +23,10 @@ from pyarrow import parquet
 
 from megatron_let.data.indexed import check_indexed
 from megatron_let.data.manifest import read_manifest
+from tests.processes import HANG_SECONDS
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
-LIMIT_SECONDS = 20
+
 GOOD = tuple(json.dumps({"text": f"{number} 7"}).encode() for number in range(200))
 
 
@@ -195,7 +196,7 @@ ROWS = {
 def run(*arguments: object, piped: bytes | None = None) -> tuple[int, str]:
     """Run the tool, return its status and stderr; a hang is an error of this call."""
     command = [sys.executable, str(TOOL), *map(str, arguments)]
-    done = subprocess.run(command, timeout=LIMIT_SECONDS, capture_output=True, input=piped)
+    done = subprocess.run(command, timeout=HANG_SECONDS, capture_output=True, input=piped)
     return done.returncode, done.stderr.decode()
 
 

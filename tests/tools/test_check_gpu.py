@@ -29,6 +29,7 @@ from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.training import model_tensors
 from megatron_let.training.arguments import parse_arguments
 from megatron_let.training.plan import ANYWHERE
+from tests.processes import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -302,7 +303,7 @@ def script(*words: str) -> subprocess.CompletedProcess[str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
         check=False,
     )
 

@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 
 from tests.data.stopped_runs import digests as digests_but_for_the_run
+from tests.processes import HANG_SECONDS
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -154,7 +155,7 @@ def test_the_tokenizer_is_the_same_every_time(corpus: Path, tokenizer: Path, tmp
         "--output-dir",
         str(tmp_path),
     ]
-    subprocess.run([sys.executable, *train], check=True, timeout=300, capture_output=True)
+    subprocess.run([sys.executable, *train], check=True, timeout=HANG_SECONDS, capture_output=True)
     assert digests(tmp_path) == digests(tokenizer)
 
 
@@ -208,7 +209,7 @@ def test_preprocessing_as_a_program_with_two_workers_gives_the_same_files(
     assert run("preprocess_data", *flags, "--output-prefix", tmp_path / "one" / "out") == 0
     command = [sys.executable, str(TOOLS / "preprocess_data.py"), *flags, "--workers", "2"]
     command += ["--output-prefix", str(tmp_path / "two" / "out")]
-    subprocess.run(command, check=True, timeout=300, capture_output=True, cwd=tmp_path)
+    subprocess.run(command, check=True, timeout=HANG_SECONDS, capture_output=True, cwd=tmp_path)
     expected = digests_but_for_the_run(tmp_path / "one")
     assert digests_but_for_the_run(tmp_path / "two") == expected
     assert len(expected) == 3

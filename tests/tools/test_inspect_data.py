@@ -16,6 +16,7 @@ import pytest
 from megatron_let.data.indexed import check_indexed
 from megatron_let.data.manifest import SubsetCount, read_manifest, write_manifest
 from tests.data.foreign import edit_index, write_as_neox, write_with_core
+from tests.processes import HANG_SECONDS
 from tests.training.bad_input import write_word_tokenizer
 
 WORDS = ["zero", "one", "two", "three", "<eod>"]
@@ -186,6 +187,11 @@ def test_a_large_table_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
     )
     tools = Path(inspect_data.__file__).parent
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tools, check=True, timeout=120
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tools,
+        check=True,
+        timeout=HANG_SECONDS,
     )
     assert int(done.stdout.split("grew")[1]) < 120_000  # KiB; the largest table has 156,000

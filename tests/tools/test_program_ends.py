@@ -12,6 +12,7 @@ import pytest
 
 from megatron_let.data.journal import Journal, WorkingDirectory
 from tests.data.foreign import write_with_core
+from tests.processes import HANG_SECONDS
 from tests.tools.test_data_tools import TOOLS, run
 from tests.training.bad_input import write_word_tokenizer
 
@@ -77,7 +78,7 @@ def test_output_that_nobody_reads_is_no_traceback(prefix: Path, words: tuple[str
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, str(TOOLS / "inspect_data.py"), str(prefix), *words]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=HANG_SECONDS)
     os.close(writing)
     assert done.stderr == ""
     # argparse itself passes over what it cannot write, where output is not buffered.
@@ -88,7 +89,7 @@ def test_errors_that_nobody_reads_keep_their_status(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, str(TOOLS / "inspect_data.py"), str(tmp_path / "absent")]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=writing, text=True, timeout=60)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=writing, text=True, timeout=HANG_SECONDS)
     os.close(writing)
     assert (done.returncode, done.stdout) == (2, "")
 
@@ -139,7 +140,7 @@ def test_a_name_that_is_not_utf8_is_shown_or_refused(tmp_path: Path) -> None:
     write_with_core(Path(os.fsdecode(name)), [[[1, 2]]], "uint16")
     command: list[str | bytes] = [sys.executable, str(TOOLS / "inspect_data.py"), name]
     strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
-    shown = subprocess.run(command, capture_output=True, timeout=60, check=True, env=strict)
+    shown = subprocess.run(command, capture_output=True, timeout=HANG_SECONDS, check=True, env=strict)
     assert b"p\\udcff: 1 documents" in shown.stdout
     null = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "9")
     own: dict[str, tuple[str | bytes, ...]] = {"merge_data": (), "preprocess_data": null}
@@ -153,7 +154,7 @@ def test_a_name_that_is_not_utf8_is_shown_or_refused(tmp_path: Path) -> None:
             "--output-prefix",
             name,
         ]
-        refused = subprocess.run(command, capture_output=True, timeout=60)
+        refused = subprocess.run(command, capture_output=True, timeout=HANG_SECONDS)
         assert refused.returncode == 2
         assert refused.stderr.count(b"\n") == 1
         assert b"is not UTF-8: give another name" in refused.stderr

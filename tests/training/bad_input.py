@@ -19,7 +19,6 @@ from megatron_let.log import LOGGER
 from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.training import TINY_STUDENT, arguments, train
 
-MISTAKE_TIMEOUT = 60.0
 """Seconds after which ranks that disagree about a mistake, and so wait for each other, count as hung."""
 
 
@@ -64,7 +63,7 @@ def logged_lines() -> Iterator[list[str]]:
 def run(pool: RankPool, changes: dict[str, Any], *, world_size: int = 2) -> Outcome:
     """Run the tiny student with `changes`; return rank 0's outcome, every rank having ended with the same one."""
     argv = arguments(TINY_STUDENT, changes)
-    outcomes = pool.run(world_size, outcome, argv, timeout=MISTAKE_TIMEOUT)
+    outcomes = pool.run(world_size, outcome, argv)
     assert {(each.code, each.message) for each in outcomes} == {(outcomes[0].code, outcomes[0].message)}
     return outcomes[0]
 

@@ -17,10 +17,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_let.testing.training import TINY_STUDENT, arguments
+from tests.processes import HANG_SECONDS
 from tests.training.bad_input import content_of
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 240  # seconds; each takes about ten alone
+
 OURS = ["megatron_let.launch"]
 TORCHRUN = ["torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 
@@ -33,7 +34,7 @@ def launched(launcher: list[str], changes: dict[str, Any]) -> subprocess.Complet
         [sys.executable, "-m", *launcher, "--nproc-per-node", "2", *program],
         capture_output=True,
         text=True,
-        timeout=LIMIT,
+        timeout=HANG_SECONDS,
         env={name: value for name, value in os.environ.items() if name not in ours},
         cwd=ROOT,
         check=False,

@@ -19,6 +19,7 @@ from megatron_let.testing.training import (
     stored_tensors,
     train,
 )
+from tests.processes import HANG_SECONDS
 from tests.training.bad_input import assert_readable, refusal
 from tests.training.injected import Fault, train_with
 from tests.training.test_bad_numbers import LAYOUTS, PLAIN, assert_skipped, run
@@ -210,7 +211,9 @@ def test_the_program_ends_with_code_4_and_says_so_once(tmp_path: Path) -> None:
     }
     command = [sys.executable, "pretrain_let.py", *arguments(TINY_STUDENT, words)]
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
+    )
     status = json.loads((tmp_path / "exit_status.json").read_text())
     assert done.returncode == status["exit_code"] == 4, done.stderr
     assert status["iteration"] == 1

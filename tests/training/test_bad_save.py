@@ -20,7 +20,7 @@ from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.training import TINY_STUDENT, arguments
 from megatron_let.training import save_directory
 from megatron_let.training.dashboards import TensorBoard, WeightsAndBiases
-from tests.training.bad_input import MISTAKE_TIMEOUT, Outcome, content_of, outcome, refusal, run
+from tests.training.bad_input import Outcome, content_of, outcome, refusal, run
 
 NO_DATA = {"--data-path": "nowhere", "--train-iters": 1}
 """Settings whose data would be the next mistake to be found."""
@@ -102,7 +102,7 @@ def test_a_directory_that_is_not_the_same_for_all_ranks(pool: RankPool, tmp_path
         place.mkdir()
     words = {"--mock-data": None, "--train-iters": 1, "--save": "run"}
     argv, host = arguments(TINY_STUDENT, words), socket.gethostname()
-    messages = pool.run(2, refusal_elsewhere, places, 0.5, argv, timeout=MISTAKE_TIMEOUT)
+    messages = pool.run(2, refusal_elsewhere, places, 0.5, argv)
     message = (
         f"--save run is not one directory for all ranks: what was written to {places[0] / 'run'} (rank 0 on {host}) is "
         f"not in {places[1] / 'run'} (rank 1 on {host}); give a directory that all nodes share"
@@ -180,7 +180,7 @@ def train_by_rank(changes: list[dict[str, Any]]) -> Outcome:
 def test_ranks_that_were_started_with_different_settings(pool: RankPool, tmp_path: Path) -> None:
     base = {"--mock-data": None, "--train-iters": 1}
     apart = [base, {**base, "--tensor-model-parallel-size": 2, "--lr": 1e-4}]
-    outcomes = pool.run(2, train_by_rank, apart, timeout=MISTAKE_TIMEOUT)
+    outcomes = pool.run(2, train_by_rank, apart)
     assert len({each.message for each in outcomes}) == 1
     assert outcomes[0].message.startswith("rank 1 was started with other settings than rank 0: ")
     assert "tensor_model_parallel_size 2 (rank 0: 1), lr 0.0001 (rank 0: 0.003)" in outcomes[0].message

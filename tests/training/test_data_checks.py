@@ -12,7 +12,7 @@ def test_a_data_set_too_small_for_its_split_is_refused(pool: RankPool, tmp_path:
     """megatron-core would look for samples in the empty split for ever."""
     write_token_files(tmp_path / "ten", [list(range(50))] * 10)
     changes = {"--data-path": tmp_path / "ten", "--eval-iters": 2}
-    messages = pool.run(2, refusal, arguments(TINY_STUDENT, changes), timeout=60.0)
+    messages = pool.run(2, refusal, arguments(TINY_STUDENT, changes))
     assert messages[0] is not None
     assert messages[0] == messages[1]
     assert "the validation share of data set" in messages[0]

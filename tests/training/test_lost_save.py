@@ -22,6 +22,7 @@ from megatron_let.testing.training import TINY_STUDENT, arguments, train
 from megatron_let.training import checkpoint_files as files
 from megatron_let.training import saving
 from megatron_let.training.trainer import Trainer
+from tests.processes import HANG_SECONDS
 
 
 @pytest.fixture
@@ -56,7 +57,9 @@ def train_while_a_node_writes_to_its_own_disk(argv: list[str]) -> tuple[int, str
 def test_a_file_that_rank_0_does_not_see_is_told_by_rank_and_host(
     words: dict[str, Any], pool: RankPool, tmp_path: Path
 ) -> None:
-    ends = pool.run(2, train_while_a_node_writes_to_its_own_disk, arguments(TINY_STUDENT, words), timeout=60)
+    ends = pool.run(
+        2, train_while_a_node_writes_to_its_own_disk, arguments(TINY_STUDENT, words), timeout=HANG_SECONDS
+    )
     host = socket.gethostname()
     message = (
         f"cannot write a checkpoint to {tmp_path / 'run'}: __1_0.distcp, which rank 1 on {host} has written, is not there "
@@ -96,7 +99,7 @@ def test_a_disk_that_fills_in_the_middle_of_a_file_is_one_line(
     words: dict[str, Any], pool: RankPool, tmp_path: Path
 ) -> None:
     """torch writes a tensor in pieces, and tells of a wrong position when one of them fails."""
-    ends = pool.run(1, train_on_a_disk_that_fills, arguments(TINY_STUDENT, words), timeout=60)
+    ends = pool.run(1, train_on_a_disk_that_fills, arguments(TINY_STUDENT, words))
     assert ends[0] is not None
     assert ends[0][0] == EXIT_CRASH
     assert "No space left on device; free space or fix the directory and resume" in ends[0][1]
@@ -149,7 +152,7 @@ def test_a_directory_that_is_lost_while_training_is_noticed_at_the_next_save(
 ) -> None:
     root = tmp_path / "run"
     argv = arguments(TINY_STUDENT, {**words, "--train-iters": 5})
-    assert pool.run(1, train_and_lose_the_directory, root, how, argv, timeout=60) == [
+    assert pool.run(1, train_and_lose_the_directory, root, how, argv) == [
         (
             EXIT_BAD_CONFIGURATION,
             f"--save {root} is no longer the directory that this run began with ({LOST[how]}): nothing more is saved there; "

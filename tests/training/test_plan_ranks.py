@@ -20,6 +20,7 @@ from megatron_let.mcore.model import build_student
 from megatron_let.planning.plan import PlanSettings, RunPlan
 from megatron_let.training.arguments import parse_arguments
 from megatron_let.training.plan import ANYWHERE, make_plan
+from tests.processes import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
 WORLD_SIZE, TENSOR, PIPELINE = 32, 4, 4
@@ -89,7 +90,7 @@ def test_the_recipe_is_planned_in_a_minute_with_what_every_rank_builds(tmp_path:
             env=environment,
             stdout=subprocess.PIPE,
             text=True,
-            timeout=300,
+            timeout=HANG_SECONDS,
             check=True,
         ).stdout
 

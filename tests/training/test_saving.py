@@ -26,6 +26,7 @@ from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.training import TINY_STUDENT, arguments, assert_bitwise, train
 from megatron_let.training import checkpoint_files as files
 from megatron_let.training.trainer import Trainer
+from tests.processes import HANG_SECONDS
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -49,7 +50,7 @@ def train_with_a_late_write(argv: list[str]) -> int:
     def late_write(content: Content) -> Any:
         with changed:
             if not began:
-                assert changed.wait_for(lambda: iteration >= 5, timeout=60)
+                assert changed.wait_for(lambda: iteration >= 5, timeout=HANG_SECONDS)
                 began.append(iteration)
                 changed.notify_all()
         return write(content)
@@ -61,7 +62,7 @@ def train_with_a_late_write(argv: list[str]) -> int:
             iteration = trainer.state.iteration
             changed.notify_all()
             if iteration == 5:
-                changed.wait_for(lambda: bool(began), timeout=60)
+                changed.wait_for(lambda: bool(began), timeout=HANG_SECONDS)
 
     with patch.object(Content, "write", late_write), patch.object(Trainer, "step", counted_step):
         assert train(argv) == EXIT_DONE
@@ -123,7 +124,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_all_ranks_say_what_to_do
     name, rank = FAILURES[where]
     flags = {"--async-save": None} if is_async else {}
     argv = arguments(TINY_STUDENT, {**words, **flags, "--train-iters": 5})
-    ends = pool.run(2, fail_at, name, rank, FULL, argv, timeout=60)
+    ends = pool.run(2, fail_at, name, rank, FULL, argv)
     root = tmp_path / "run"
     message = (
         f"cannot write a checkpoint to {root}: No space left on device; free space or fix the directory and resume, the "
@@ -140,7 +141,7 @@ def test_a_failure_in_the_background_ends_the_run_at_the_next_iteration(
     words: dict[str, Any], pool: RankPool, tmp_path: Path
 ) -> None:
     argv = arguments(TINY_STUDENT, {**words, "--async-save": None, "--train-iters": 500})
-    assert pool.run(2, fail_at, "content.write", 1, FULL, argv, timeout=60)[0]
+    assert pool.run(2, fail_at, "content.write", 1, FULL, argv)[0]
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(rows) < 20
 
@@ -148,7 +149,7 @@ def test_a_failure_in_the_background_ends_the_run_at_the_next_iteration(
 def test_a_write_that_does_not_read_back_is_no_checkpoint(
     words: dict[str, Any], pool: RankPool, tmp_path: Path
 ) -> None:
-    messages = pool.run(1, train_on_a_bad_disk, arguments(TINY_STUDENT, words), timeout=60)
+    messages = pool.run(1, train_on_a_bad_disk, arguments(TINY_STUDENT, words))
     assert "does not read back as it was written" in str(messages[0])
     assert files.saved_iterations(tmp_path / "run") == []
 
@@ -174,7 +175,9 @@ def train_on_a_bad_disk(argv: list[str]) -> str | None:
 def test_a_checkpoint_that_does_not_fit_is_not_begun(
     words: dict[str, Any], pool: RankPool, tmp_path: Path
 ) -> None:
-    messages = pool.run(2, train_with_free_bytes, 1 << 20, arguments(TINY_STUDENT, words), timeout=60)
+    messages = pool.run(
+        2, train_with_free_bytes, 1 << 20, arguments(TINY_STUDENT, words), timeout=HANG_SECONDS
+    )
     assert messages[0] == messages[1]
     assert f"cannot write a checkpoint to {tmp_path / 'run'}: it takes 0.02 GB and 0.00 GB are free" in str(
         messages[0]
@@ -195,7 +198,7 @@ def train_with_free_bytes(free: int, argv: list[str]) -> str | None:
 
 def test_a_slow_disk_is_no_communication_timeout(words: dict[str, Any], pool: RankPool) -> None:
     argv = arguments(TINY_STUDENT, {**words, "--train-iters": 2})
-    codes = pool.run(2, train_on_a_slow_disk, argv, init_process_group=False, timeout=90)
+    codes = pool.run(2, train_on_a_slow_disk, argv, init_process_group=False)
     assert codes == [EXIT_DONE, EXIT_DONE]
 
 

@@ -17,6 +17,7 @@ from megatron_let.entry import RunReport
 from megatron_let.signal_pipe import REPEAT_SECONDS, heard_signals
 from megatron_let.testing.distributed import RankPool
 from megatron_let.training.signals import StopRequest, stop_on_signal
+from tests.processes import HANG_SECONDS
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 CAUGHT = TrainingConfig(exit_signal_handler=True)
@@ -24,7 +25,7 @@ CAUGHT = TrainingConfig(exit_signal_handler=True)
 
 def wait_for(is_so: Callable[[], bool]) -> None:
     """Wait until the thread that hears signals has done something, or fail."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANG_SECONDS
     while not is_so():
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.01)
@@ -85,7 +86,7 @@ def test_a_signal_is_heard_while_the_main_thread_runs_no_python() -> None:
     numbers = torch.rand(20_000_000)
     with heard_signals(SIGNALS, lambda number, now: heard.append(now)):
         killer = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -TERM {os.getpid()}"])
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + HANG_SECONDS
         calls: list[tuple[float, float]] = []
         while killer.poll() is None and time.monotonic() < deadline:
             begun = time.monotonic()

@@ -17,6 +17,7 @@ from megatron_let.errors import EXIT_BAD_CONFIGURATION, EXIT_DONE
 from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.training import TINY_STUDENT, arguments
 from megatron_let.training import checkpoint_files as files
+from tests.processes import HANG_SECONDS
 from tests.training import hostile
 from tests.training.bad_input import refusal, run
 
@@ -99,7 +100,7 @@ def test_the_program_ends_with_code_2_and_one_line(words: dict[str, Any], saved:
     hostile.spoil_metadata(saved / "iter_0000003", hostile.Hostile(marker))
     hostile.seal(saved / "iter_0000003")
     program = [sys.executable, str(ROOT / "pretrain_let.py"), *arguments(TINY_STUDENT, words)]
-    ended = subprocess.run(program, capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
     assert ended.returncode == EXIT_BAD_CONFIGURATION
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1

@@ -23,9 +23,9 @@ from megatron_let.testing.distributed import RankPool
 from megatron_let.testing.training import TINY_STUDENT, arguments, train
 from megatron_let.training import forward_step
 from megatron_let.training.watchdog import Heartbeat, Position, StalledError, _place, stall_line
+from tests.processes import HANG_SECONDS
 from tests.training.bad_input import logged_lines
 
-LIMIT = 300.0
 WORDS = {"--mock-data": None, "--train-iters": 4, "--watchdog-seconds": 1}
 
 
@@ -144,7 +144,7 @@ def train_with_a_sleeping_loader() -> list[str]:
 
 
 def test_a_rank_that_waits_for_its_data_is_named(pool: RankPool) -> None:
-    lines, of_rank_1 = pool.run(2, train_with_a_sleeping_loader, timeout=LIMIT)
+    lines, of_rank_1 = pool.run(2, train_with_a_sleeping_loader)
     warnings = warnings_of_training(lines)
     # On a crowded machine others are late as well, for moments.
     named = [line for line in warnings if '"data (forward-backward)" of iteration 3 for' in line]
@@ -204,7 +204,14 @@ def test_a_stopped_rank_is_named_and_when_it_goes_on_so_does_the_run(
     stopped: int, pool: RankPool, tmp_path: Path
 ) -> None:
     outcomes = pool.run(
-        2, train_with_a_stopped_rank, tmp_path, stopped, 4.0, 60.0, init_process_group=False, timeout=LIMIT
+        2,
+        train_with_a_stopped_rank,
+        tmp_path,
+        stopped,
+        4.0,
+        60.0,
+        init_process_group=False,
+        timeout=HANG_SECONDS,
     )
     if stopped == 1:  # rank 0 keeps the store here: while it stands still nobody can be asked
         silent = [line for line in warnings_of_training(outcomes[0]) if "not been heard from" in line]
@@ -263,7 +270,7 @@ def test_a_rank_that_stands_still_at_the_start_is_named(
     where: str, named: str, pool: RankPool, tmp_path: Path
 ) -> None:
     pool.run(2, imported)
-    lines = pool.run(2, meet, tmp_path, where, init_process_group=False, timeout=LIMIT)[0]
+    lines = pool.run(2, meet, tmp_path, where, init_process_group=False)[0]
     assert re.search(f"WARNING {named}", "\n".join(lines))
     assert re.search(f"StalledError the ranks' time limit .* has struck; {named}", lines[-1])
     pool.close()  # the group was left in pieces
@@ -273,7 +280,7 @@ def test_when_the_time_limit_strikes_the_last_words_name_the_stopped_rank(
     pool: RankPool, tmp_path: Path
 ) -> None:
     outcomes = pool.run(
-        2, train_with_a_stopped_rank, tmp_path, 1, 8.0, 5.0, init_process_group=False, timeout=LIMIT
+        2, train_with_a_stopped_rank, tmp_path, 1, 8.0, 5.0, init_process_group=False, timeout=HANG_SECONDS
     )
     assert outcomes[0][-1].startswith(
         "ERROR the ranks' time limit (--distributed-timeout-minutes) has struck; no iteration has finished for "

@@ -111,9 +111,9 @@ def _files(config: RunConfig, checkpoint: Path | None) -> dict[str, str]:
 
 
 def _software() -> dict[str, str]:
-    """Return the versions of what computes, and a digest of this package: two checkouts of one version may differ."""
+    """Return what reads tokens and teacher, and a digest of this package: two checkouts of one version may differ."""
     values = {}
-    for name in ("megatron-core", "numpy", "tokenizers", "torch", "transformers"):
+    for name in ("transformers", "tokenizers"):
         with suppress(metadata.PackageNotFoundError):
             values[f"{name} package"] = metadata.version(name)
     root = Path(megatron_let.__file__).parent

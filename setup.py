@@ -42,6 +42,7 @@ setup(
         "data": ["gigatoken", "pyarrow", "zstandard"],
         "test": [
             "pytest",
+            "pytest-xdist",
             "hypothesis",
             "ruff",
             "mypy",

@@ -22,4 +22,5 @@ mypy .
 if command -v shellcheck >/dev/null; then
     shellcheck scripts/*.sh scripts/slurm/* .ci/run
 fi
-python -m pytest
+# Two at a time, the tests of a file one after the other; each may start four ranks of its own.
+python -m pytest --numprocesses 2 --dist loadfile

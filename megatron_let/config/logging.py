@@ -18,6 +18,9 @@ class LoggingConfig:
     log_memory_to_tensorboard: bool = False
     """Report what PyTorch holds of rank 0's GPU memory."""
 
+    log_timers_to_tensorboard: bool = False
+    """Report how long forward and backward passes and the optimizer's step take. Each waits for the GPU."""
+
     tensorboard_dir: str | None = None
     """Write TensorBoard events here."""
 

@@ -47,9 +47,9 @@ WITHOUT_EFFECT: tuple[FlagFamily, ...] = (
     ),
     FlagFamily(
         "Timers",
-        "the time of every iteration always goes to every report, and there are no finer timers",
-        """--timing-log-level= --timing-log-option= --no-barrier-with-level-1-timing --log-timers-to-tensorboard
-        --log-straggler --straggler-ctrlr-port= --straggler-minmax-count= --disable-straggler-on-startup""",
+        "the time of every iteration always goes to every report, and --log-timers-to-tensorboard has one level",
+        """--timing-log-level= --timing-log-option= --no-barrier-with-level-1-timing --log-straggler
+        --straggler-ctrlr-port= --straggler-minmax-count= --disable-straggler-on-startup""",
     ),
     FlagFamily(
         "Profilers",

@@ -48,6 +48,8 @@ class TrainingRow:
     memory_reserved_bytes: int | None = None
     memory_allocated_bytes: int | None = None
     memory_max_allocated_bytes: int | None = None
+    forward_backward_ms: float | None = None
+    optimizer_ms: float | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import statistics
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,6 +43,8 @@ class IntervalTotals:
         self.iterations = 0
         self.samples = 0
         self.seconds = 0.0
+        self.forward_backward_seconds = 0.0
+        self.optimizer_seconds = 0.0
         self.batch_size = 0
         self.grad_norm: float | None = None
         self.num_zeros: int | None = None
@@ -62,6 +65,11 @@ class IntervalTotals:
         self.batch_size = batch_size
         self.grad_norm = None if outcome.grad_norm is None else float(outcome.grad_norm)
         self.num_zeros = None if outcome.num_zeros is None else int(outcome.num_zeros)
+
+    def add_phases(self, *, forward_backward: float, optimizer: float) -> None:
+        """Add the seconds that the two phases of one iteration took."""
+        self.forward_backward_seconds += forward_backward
+        self.optimizer_seconds += optimizer
 
 
 class ReleaseTimer:
@@ -152,6 +160,7 @@ class Reporter:
             mfu=None if self.peak is None else flops / self.peak,
             elapsed_seconds=state.elapsed_seconds,
             **self._memory(),
+            **self._timers(totals),
         )
         eta = samples_left * totals.seconds / totals.samples  # iterations of a ramp-up grow
         LOGGER.info(format_training_row(row, train_iters=total_iterations, eta_seconds=eta))
@@ -166,6 +175,15 @@ class Reporter:
             "memory_reserved_bytes": torch.cuda.memory_reserved(),
             "memory_allocated_bytes": torch.cuda.memory_allocated(),
             "memory_max_allocated_bytes": torch.cuda.max_memory_allocated(),
+        }
+
+    def _timers(self, totals: IntervalTotals) -> dict[str, Any]:
+        """Return the milliseconds of an iteration's phases, where they are asked for."""
+        if not self.config.logging.log_timers_to_tensorboard:
+            return {}
+        return {
+            "forward_backward_ms": totals.forward_backward_seconds / totals.iterations * 1e3,
+            "optimizer_ms": totals.optimizer_seconds / totals.iterations * 1e3,
         }
 
     def validation(self, state: TrainingState, loss: float) -> None:

@@ -123,6 +123,7 @@ class Trainer:
             run.alignment.begin_iteration(
                 state.iteration, num_microbatches=num_microbatches, loss_scale=optimizer.get_loss_scale()
             )
+        begun = self._clock()
         reports = run_schedule(
             run.config,
             student,
@@ -136,7 +137,9 @@ class Trainer:
         self._empty_unused_memory(at_level=1)
         self._heartbeat.enter("optimizer")
         losses = [report[LM_LOSS] for report in reports]
+        computed = self._clock()
         outcome = self._guard.step(optimizer, losses, state)
+        self._interval.add_phases(forward_backward=computed - begun, optimizer=self._clock() - computed)
         self._empty_unused_memory(at_level=2)
         if outcome.is_updated:
             scheduler.step(increment=batch_size)
@@ -150,6 +153,12 @@ class Trainer:
         self._release_timer.add(seconds)
         self._interval.add([] if outcome.is_bad else losses, outcome, batch_size, seconds)
         self._guard.end_iteration(state)
+
+    def _clock(self) -> float:
+        """Return the time in seconds, for the timers of phases when the GPU has done what it was given."""
+        if self.run.context.is_on_gpu and self.run.config.logging.log_timers_to_tensorboard:
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def _empty_unused_memory(self, *, at_level: int) -> None:
         if self.run.context.is_on_gpu and self.run.config.training.empty_unused_memory_level >= at_level:

@@ -1,4 +1,4 @@
-"""--log-params-norm against the weights of the checkpoint, and the time that a ramp-up leaves."""
+"""--log-params-norm against the weights of the checkpoint, timers, and the time that a ramp-up leaves."""
 
 from __future__ import annotations
 
@@ -41,6 +41,19 @@ def test_every_weight_counts_once(layout: str, pool: RankPool, tmp_path: Path) -
     expected = torch.stack([weight.double().norm() for weight in main or held]).norm()
     # fp32 sums of 0.1M squares
     assert training_rows(tmp_path)[-1]["params_norm"] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_timers_are_phases_of_the_iteration_where_they_are_asked_for(pool: RankPool, tmp_path: Path) -> None:
+    run = {"--mock-data": None, "--train-iters": 2, "--save": tmp_path}
+    pool.run(1, train, arguments(TINY_STUDENT, {**run, "--log-timers-to-tensorboard": None}))
+    row = training_rows(tmp_path)[-1]
+    assert row["optimizer_ms"] > 0
+    assert row["forward_backward_ms"] > 0
+    assert row["forward_backward_ms"] + row["optimizer_ms"] < row["iteration_ms"]
+    pool.run(1, train, arguments(TINY_STUDENT, {**run, "--save": tmp_path / "without"}))
+    row = training_rows(tmp_path / "without")[-1]
+    assert row["optimizer_ms"] is None
+    assert row["forward_backward_ms"] is None
 
 
 def test_the_time_left_counts_what_a_ramp_up_still_adds(logged: pytest.LogCaptureFixture) -> None:

@@ -118,7 +118,7 @@ class RunReport:
                 time=time.time(),
                 rank=_rank(),
                 pids=(os.getpid(), os.getppid()),
-                save_directory=self.save_directory,
+                save_directory=self.save_directory or self._wanted,
                 iteration=self.iteration,
             )
         )

@@ -40,7 +40,7 @@ class FailureRecord:
     time: float  # seconds since the epoch
     rank: int
     pids: tuple[int, int]  # its own and its parent's: one of them is the program that the launcher started
-    save_directory: str | None
+    save_directory: str | None  # where the run saves, or would have saved
     iteration: int | None
 
 

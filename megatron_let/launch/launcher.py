@@ -21,15 +21,19 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_let.directory_lock import lock_directory
 from megatron_let.errors import EXIT_CRASH, EXIT_DONE, ConfigError
 from megatron_let.exit_status import (
     LAUNCH_DIRECTORY_VARIABLE,
     FailureRecord,
     announced_save_directory,
+    has_exit_status_since,
     read_records,
     reason_of,
     signal_name,
@@ -126,10 +130,11 @@ def _launch(arguments: argparse.Namespace, directory: str) -> int:
     elastic_logger.addHandler(log)
     elastic_logger.propagate = False
     with forwarded_signals(list(dict.fromkeys(signals)), grace=grace):
+        started = time.time()
         try:
             elastic_launch(config=config, entrypoint=command)(*command_arguments)
         except ChildFailedError as error:
-            return _report(error, directory, log.stopped_pids)
+            return _report(error, directory, log.stopped_pids, started)
         except (OSError, RuntimeError) as error:
             if limit := exceeded_limit(error):
                 raise ConfigError(limit) from error
@@ -137,7 +142,7 @@ def _launch(arguments: argparse.Namespace, directory: str) -> int:
     return EXIT_DONE
 
 
-def _report(error: ChildFailedError, directory: str, stopped_pids: set[int]) -> int:
+def _report(error: ChildFailedError, directory: str, stopped_pids: set[int], started: float) -> int:
     """Show the first failure, write the final `exit_status.json`, and return the exit code."""
     records = read_records(directory)
     failures = [
@@ -156,17 +161,32 @@ def _report(error: ChildFailedError, directory: str, stopped_pids: set[int]) -> 
     sys.stdout.flush()
     if text:
         print(text, file=sys.stderr, flush=True)
-    # The announced one is the run's, held by it; a run that was refused because another holds it announces none.
-    save_directory = announced_save_directory(directory)
-    if save_directory is not None and text:  # without text the workers have written it themselves
-        iteration = first.record.iteration if first.record else None
-        line = first.record.message if first.record else text
-        code = first.shell_code()
-        reason = reason_of(code)
-        if code > 128:
-            reason = f"signal {signal_name(code - 128)}"
-        write_exit_status(save_directory, code, reason, line, iteration)
+    if text:  # without text the workers have written it themselves
+        _write_status(first, text, announced_save_directory(directory), started)
     return first.shell_code() or EXIT_CRASH
+
+
+def _write_status(first: Failure, text: str, announced: str | None, started: float) -> None:
+    """Write `exit_status.json` where the run holds its directory, or would have, had it come so far.
+
+    The announced directory is the run's, held by it. None is announced where rank 0 was stopped before it came to that, nor
+    by a run that was refused because another holds the directory: what that one has left since is not written over.
+    """
+    record, lock = first.record, None
+    save_directory = announced
+    if announced is None and record is not None and record.save_directory is not None:
+        with suppress(ConfigError):
+            lock = lock_directory(record.save_directory)
+        if lock is not None and not has_exit_status_since(record.save_directory, started):
+            save_directory = record.save_directory
+    if save_directory is None:
+        return
+    code = first.shell_code()
+    reason = f"signal {signal_name(code - 128)}" if code > 128 else reason_of(code)
+    line = text if record is None else record.message
+    write_exit_status(save_directory, code, reason, line, None if record is None else record.iteration)
+    if lock is not None:
+        lock.release()
 
 
 def _record_of(record: FailureRecord | None, pid: int) -> FailureRecord | None:

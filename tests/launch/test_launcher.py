@@ -218,6 +218,19 @@ def test_nothing_outlives_a_launcher_or_a_worker_that_is_killed(
     wait_for(lambda: not workers_run(tmp_path))
 
 
+def test_a_rank_that_is_refused_before_rank_0_has_come_to_the_directory_leaves_its_status_there(
+    launch: Launch, tmp_path: Path
+) -> None:
+    (tmp_path / "exit_status.json").write_text('{"exit_code": 0}')
+    os.utime(tmp_path / "exit_status.json", (1.0, 1.0))  # an earlier run's
+    program = launch("rank_1_misconfigured_first")
+    _, err = program.communicate(timeout=HANG_SECONDS)
+    assert program.returncode == 2, err
+    status = status_in(tmp_path)
+    assert (status["exit_code"], status["reason"]) == (2, "bad configuration")
+    assert status["message"] == "error: 3 is given, only 1, 2 and 4 are allowed (1)"
+
+
 def test_under_bare_torchrun_the_line_is_one_ranks_last_word(launch: Launch) -> None:
     program = launch("rank_1_misconfigured", launcher="torch.distributed.run")
     _, err = program.communicate(timeout=HANG_SECONDS)

@@ -86,7 +86,9 @@ class Reading:
         now = [source.path for source in self.sources]
         if then != now:
             other = next(iter(sorted(set(then) ^ set(now))), "their order")
-            raise _changed(f"--input names other files than the stopped run ({shown(other)})")
+            raise _changed(
+                f"--input names other files than the stopped run ({shown(os.path.basename(other))})"
+            )
         require_unchanged(state)
         self.finished = [SourceFile(**source) for source in state["finished"]]
         self.position = Position(**state["position"])

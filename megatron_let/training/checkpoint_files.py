@@ -25,7 +25,7 @@ from megatron_let.regular_files import open_regular, read_text
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 _PARTIAL = ".partial"
-_PARTIAL_NAME = re.compile(r"iter_\d{7,}(\.old)?\.partial")
+_PARTIAL_NAME = re.compile(r"iter_\d{7,}(\.old(\.\d+)?)?\.partial")
 _POLL_SECONDS = 0.25
 FileEntry = dict[str, object]
 """`bytes` and `sha256` of a file."""

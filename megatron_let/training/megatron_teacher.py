@@ -100,7 +100,7 @@ def check_megatron_teacher(path: Path, *, layer: int | None) -> tuple[Path, dict
         num_layers = RunConfig.from_dict(run["config"], CORE_SECTIONS).transformer.num_layers
         if not fits(num_layers, int):
             raise ValueError(f"num_layers is {shown(num_layers)}")
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, ConfigError) as error:
         raise incomplete(directory, error) from error
     check_layer(directory, layer, num_layers)
     return directory, run

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
-from megatron_let.data import indexed_writer
+from megatron_let.data import growing_file
 from megatron_let.data.indexed import check_indexed, dtype_for_vocabulary, max_token_id, read_document
 from megatron_let.data.indexed_writer import write_pair
 from megatron_let.errors import ConfigError
@@ -68,7 +68,7 @@ def test_the_bytes_are_those_of_megatron_core(
 def test_pointers_are_right_across_the_chunks_they_are_made_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(indexed_writer, "_CHUNK_BYTES", 12)
+    monkeypatch.setattr(growing_file, "_CHUNK_BYTES", 12)
     documents = [[[number] * (number % 4 + 1)] for number in range(11)]
     write_with_core(tmp_path / "core", documents, "int32")
     write_with_ours(tmp_path / "ours", documents, "int32")

@@ -253,4 +253,6 @@ def test_the_groups_of_earlier_cases_leave_no_threads(layout: dict[str, object],
     """Each gloo group has three; left behind, hundreds of them slow every later case down."""
     words = arguments(TINY_STUDENT, {"--mock-data": None, "--train-iters": 1, **layout})
     counts = [max(pool.run(2, train_and_count_threads, words)) for _ in range(4)]
-    assert counts[-1] <= counts[1]
+    assert (
+        counts[-1] < counts[1] + 3
+    )  # two cases' groups would be twelve and more; a thread may be about to end

@@ -84,7 +84,7 @@ def test_a_data_set_given_by_the_name_of_one_of_its_files(prefix: Path, pool: Ra
 
 def test_a_path_longer_than_the_system_takes(tmp_path: Path, pool: RankPool) -> None:
     long = tmp_path / ("x" * 256)
-    assert "both files are needed" in refusal(pool, {**SHORT, "--data-path": long})
+    assert "File name too long" in refusal(pool, {**SHORT, "--data-path": long})
     changes = {
         **SHORT,
         "--mock-data": None,

@@ -75,6 +75,7 @@ def target_of(context: ParallelContext, *, is_sequence_parallel: bool, is_per_to
             teacher,
             is_sequence_parallel=is_sequence_parallel,
             calculate_per_token_loss=is_per_token,
+            all_reduce_sum=lambda numbers: numbers,  # there are no peers
         )
     data = DataConfig(eod_mask_loss=True)
     batch = build_microbatch(TOKENS, TOKENS + 1, eod=EOD, data=data, context=context)

@@ -39,7 +39,7 @@ def test_twenty_drills_end_with_the_same_bits(tmp_path: Path) -> None:
         [sys.executable, str(TOOL), "--drills", "20", "--json", str(tmp_path / "drills.json")],
         capture_output=True,
         text=True,
-        timeout=1500,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "drills.json").read_text())

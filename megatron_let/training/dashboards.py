@@ -30,7 +30,6 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._directory = Path(directory)
-        self._rows: list[Row] = []
         try:
             self._writer = SummaryWriter(directory, purge_step=resumed_iteration + 1)
         except OSError as problem:
@@ -39,18 +38,15 @@ class TensorBoard:
             self._writer.add_text("settings", f"```yaml\n{settings}```", resumed_iteration + 1)
 
     def write(self, row: Row) -> None:
-        """Write every number of the row at its iteration, at once."""
-        self._rows.append(row)
-        self.flush()
+        """Write every number of the row at its iteration, at once.
 
-    def flush(self) -> None:
-        """Write what is left, where there is room: on a full disk the writer's thread would die, with a traceback."""
-        while self._rows:
-            _require_room(self._directory)
-            for name, value in _scalars(self._rows[0]).items():
-                self._writer.add_scalar(name, value, self._rows[0].iteration)
-            self._writer.flush()
-            self._rows.pop(0)
+        Raises:
+            OSError: there is no room; on a full disk the writer's thread would die, with a traceback.
+        """
+        _require_room(self._directory)
+        for name, value in _scalars(row).items():
+            self._writer.add_scalar(name, value, row.iteration)
+        self._writer.flush()
 
     def close(self) -> None:
         """Flush and close the event file."""
@@ -87,9 +83,6 @@ class WeightsAndBiases:
     def write(self, row: Row) -> None:
         """Log every number of the row at its iteration; W&B leaves out a step that it has already."""
         self._run.log(_scalars(row), step=row.iteration)
-
-    def flush(self) -> None:
-        """Do nothing: W&B writes in a program of its own."""
 
     def close(self) -> None:
         """Finish the run."""

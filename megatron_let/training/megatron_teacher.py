@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,12 @@ class MegatronTeacher(Teacher):
         read, self._read_head = self._read_head, None
         if read is None:
             return None
-        weight = read()[: self._vocab_size]  # ids that are padding have no probability
-        return lambda states, tokens: functional.linear(states, weight.to(states.device, states.dtype))
+
+        @cache
+        def weight(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+            return read()[: self._vocab_size].to(device, dtype)  # ids that are padding have no probability
+
+        return lambda states, tokens: functional.linear(states, weight(states.device, states.dtype))
 
     def to(self, device: torch.device | str) -> MegatronTeacher:
         """See Teacher."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -70,17 +71,10 @@ class Sink(Protocol):
     """Somewhere rows go."""
 
     def write(self, row: Row) -> None:
-        """Take one row and write it."""
+        """Write one row, all of it, or raise OSError and leave nothing of it."""
 
     def close(self) -> None:
         """Flush and let go."""
-
-
-class RetryingSink(Sink, Protocol):
-    """One whose OSError says that a row was taken and is not written yet."""
-
-    def flush(self) -> None:
-        """Try again to write what was taken. Raises OSError."""
 
 
 class JsonLines:
@@ -93,18 +87,17 @@ class JsonLines:
         if path.exists():
             drop_rows_past(path, resumed_iteration, keep_validation=not validates_at_once)
         self._file = path.open("ab", buffering=0)
-        self._text = bytearray()
 
     def write(self, row: Row) -> None:
         """Append the row at once, so that a killed run loses at most the line being written."""
         line = json.dumps({key: _json_number(value) for key, value in asdict(row).items()}) + "\n"
-        self._text += line.encode()
-        self.flush()
-
-    def flush(self) -> None:
-        """Write what is left; a full disk may take a part of a line."""
-        while self._text:
-            del self._text[: self._file.write(self._text)]
+        left, start = line.encode(), self._file.seek(0, os.SEEK_END)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            self._file.truncate(start)  # a full disk may have taken a part
+            raise
 
     def close(self) -> None:
         """Close the file."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from megatron_let.log import LOGGER
-from megatron_let.training.metrics import RetryingSink, Row
+from megatron_let.training.metrics import Row, Sink
 
 MOST_WAITING_ROWS = 100_000
 """About 100 MB of memory; more rows than a run logs while a person makes room on a disk."""
@@ -14,7 +14,7 @@ MOST_WAITING_ROWS = 100_000
 class PatientSink:
     """Hands rows to another sink; while that cannot write, it keeps them and tries again with each new one."""
 
-    def __init__(self, name: str, sink: RetryingSink, *, most_waiting: int = MOST_WAITING_ROWS) -> None:
+    def __init__(self, name: str, sink: Sink, *, most_waiting: int = MOST_WAITING_ROWS) -> None:
         """Wrap `sink`, called `name` in messages; rows beyond `most_waiting` are lost, and counted."""
         self._name = name
         self._sink = sink
@@ -34,10 +34,9 @@ class PatientSink:
     def flush(self) -> None:
         """Write what waits, if that is possible now."""
         try:
-            if self._is_failing:
-                self._sink.flush()
             while self._waiting:
-                self._sink.write(self._waiting.popleft())
+                self._sink.write(self._waiting[0])
+                self._waiting.popleft()
         except OSError as problem:
             if not self._is_failing:
                 LOGGER.warning(
@@ -54,7 +53,7 @@ class PatientSink:
         """Write what waits, or say that it is lost, and let go."""
         self.flush()
         if self._is_failing:
-            self._num_lost += 1 + len(self._waiting)  # the sink has taken one
+            self._num_lost += len(self._waiting)
         try:
             self._sink.close()
         except OSError as problem:

@@ -53,6 +53,11 @@ def encode_otherwise(mine: str | None, theirs: str | None) -> bool:
     return mine.partition(":")[0] == theirs.partition(":")[0] and mine != theirs
 
 
+def without_mark(value: str) -> str:
+    """Return the digits of a value, for a message."""
+    return value.rpartition(":")[2]
+
+
 def encoding_texts(token_to_id: Mapping[str, int]) -> list[str]:
     """Return what is encoded: the fixed texts, then the tokens in the order of their ids."""
     tokens = sorted(token_to_id, key=lambda token: (token_to_id[token], token))

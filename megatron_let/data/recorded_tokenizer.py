@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_let.data.encoding_fingerprint import encode_otherwise
+from megatron_let.data.encoding_fingerprint import encode_otherwise, without_mark
 from megatron_let.data.fingerprint import fingerprint_of
 from megatron_let.data.manifest import Manifest
 from megatron_let.data.tokenizer_facts import TokenizerFacts, difference_in_words
@@ -86,4 +86,4 @@ def _recorded_facts(manifest: Manifest) -> TokenizerFacts | None:
 
 def _short(value: object) -> str:
     """Return a value of a manifest as a message shows it: of a digest the beginning."""
-    return shown(value.removeprefix("1:")[:_SHOWN_DIGITS] if isinstance(value, str) else value)
+    return shown(without_mark(value)[:_SHOWN_DIGITS] if isinstance(value, str) else value)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_let.config.run_config import RunConfig
-from megatron_let.data.encoding_fingerprint import encode_otherwise
+from megatron_let.data.encoding_fingerprint import encode_otherwise, without_mark
 from megatron_let.errors import ConfigError
 from megatron_let.log import LOGGER
 from megatron_let.mcore.checkpoint import ITERATION, RUN, SCHEDULER, load_common
@@ -190,7 +190,7 @@ def _check_same_tokenizer(
     elif encode_otherwise(encoding, saved_encoding):
         what = (
             "was trained on data whose tokenizer gives texts other ids, from the same vocabulary (encoding "
-            f"{shown(str(saved_encoding)[2:14])}, now {str(encoding)[2:14]})"
+            f"{shown(without_mark(str(saved_encoding))[:12])}, now {without_mark(str(encoding))[:12]})"
         )
     else:
         return

@@ -36,17 +36,22 @@ def config_of(prefix: Path, num_workers: int) -> Any:
     return parse_arguments(arguments(TINY_STUDENT, words))
 
 
+def built(prefix: Path, num_workers: int, context: ParallelContext) -> tuple[Any, Any]:
+    """Write both data sets; return the settings and what is to be read."""
+    for path in (prefix, prefix.with_name("still")):
+        write_token_files(path, [[*range(60), 60]] * 110)
+    config = config_of(prefix, num_workers)
+    counts = SampleCounts(train=NUM_SAMPLES, valid=0, test=0)
+    return config, build_datasets(config, Tokenizer(), counts, context).train
+
+
 @pytest.fixture
 def read_on(
     tmp_path: Path, one_process: ParallelContext, num_workers: int
 ) -> tuple[Path, Callable[[], None]]:
     """Return a data set of which a microbatch has been read, and a function that reads all others."""
     prefix = tmp_path / "moving"
-    for name in ("moving", "still"):
-        write_token_files(tmp_path / name, [[*range(60), 60]] * 110)
-    config = config_of(prefix, num_workers)
-    counts = SampleCounts(train=NUM_SAMPLES, valid=0, test=0)
-    data = build_datasets(config, Tokenizer(), counts, one_process).train
+    config, data = built(prefix, num_workers, one_process)
     reader = microbatches(data, config, one_process, consumed_samples=0)
     next(reader)
 
@@ -101,17 +106,12 @@ def test_a_file_that_is_touched_is_read_on(read_on: tuple[Path, Callable[[], Non
     read()
 
 
-@pytest.mark.parametrize("num_workers", [1])
 def test_a_file_that_is_cut_while_a_worker_reads_it_is_named_though_the_worker_is_killed(
-    num_workers: int, tmp_path: Path, one_process: ParallelContext, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, one_process: ParallelContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CachedGPTDataset, "__getitem__", GPTDataset.__getitem__)  # it looked before the cut
     prefix = tmp_path / "moving"
-    for name in ("moving", "still"):
-        write_token_files(tmp_path / name, [[*range(60), 60]] * 110)
-    config = config_of(prefix, num_workers)
-    counts = SampleCounts(train=NUM_SAMPLES, valid=0, test=0)
-    data = build_datasets(config, Tokenizer(), counts, one_process).train
+    config, data = built(prefix, 1, one_process)
     cut(Path(f"{prefix}.bin"))
     with pytest.raises(ConfigError, match=rf"{prefix}.bin was changed from 13420 to 0 bytes"):
         list(microbatches(data, config, one_process, consumed_samples=0))
